@@ -1,0 +1,89 @@
+"""What a job process is told and what it reports: JSON on disk and on a pipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from lowbit_server.errors import Reason
+from lowbit_server.quant.schemes import FloatType, Scheme
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EvaluationSpec(_Record):
+    """Held-out text and how it is cut; windows do not overlap."""
+
+    text_path: str | None = None
+    """Local text file; None is the built-in text."""
+    text_field: str = ""
+    """Field of each JSON line that holds the text; empty for plain text."""
+    text_inline: tuple[str, ...] = ()
+    max_tokens: int = 4096
+    window_tokens: int = 512
+
+
+class ImportSpec(_Record):
+    """Brings a model into the store."""
+
+    kind: Literal["import"] = "import"
+    model: str
+    path: str | None = None
+    """Resolved local folder or GGUF file, already checked against the import roots."""
+    hub_id: str | None = None
+    type: FloatType | None = None
+
+
+class QuantizeSpec(_Record):
+    """Makes a smaller copy of a model."""
+
+    kind: Literal["quantize"] = "quantize"
+    model: str
+    """Name of the new model."""
+    source: str
+    """Name of the model in the store that it is made from."""
+    scheme: Scheme
+    device: str
+    evaluation: EvaluationSpec | None = None
+
+
+JobSpec: TypeAlias = Annotated[ImportSpec | QuantizeSpec, Field(discriminator="kind")]
+JOB_SPEC: TypeAdapter[ImportSpec | QuantizeSpec] = TypeAdapter(JobSpec)
+
+Phase: TypeAlias = Literal["download", "calibrate", "quantize", "save", "evaluate"]
+
+
+class Progress(_Record):
+    """How far a job is."""
+
+    kind: Literal["progress"] = "progress"
+    phase: Phase
+    done: int = 0
+    """Units of the phase that are done: layers, files or text windows."""
+    total: int = 0
+    """Units in all; 0 while unknown."""
+    bytes: int = 0
+    """Bytes read or written in this phase."""
+    eta_s: float | None = None
+    peak_memory_bytes: int = 0
+
+
+class Failed(_Record):
+    """The job cannot be done."""
+
+    kind: Literal["failed"] = "failed"
+    reason: Reason
+    message: str
+
+
+class Staged(_Record):
+    """The artefact stands complete and synced in the staging folder."""
+
+    kind: Literal["staged"] = "staged"
+
+
+JobReport: TypeAlias = Annotated[Progress | Failed | Staged, Field(discriminator="kind")]
+JOB_REPORT: TypeAdapter[Progress | Failed | Staged] = TypeAdapter(JobReport)
