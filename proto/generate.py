@@ -1,6 +1,6 @@
 """Generate the Python stubs and the descriptor image that buf checks.
 
-    python proto/generate.py OUT_DIR [--image FILE]
+    python proto/generate.py OUT_DIR [--image FILE] [--proto DIR]
 
 The schema of the validation rules is read from the installed protovalidate
 package. The stubs keep the rules as option bytes, where the server's validator
@@ -10,6 +10,7 @@ finds them, but do not import that package: SDKs stay light (docs/adr/0002).
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +31,7 @@ def rules_descriptor() -> bytes:
 
 def _delimited(data: bytes) -> bytes:
     size, prefix = len(data), bytearray()
-    while size > 0x7F:
+    while size > 0x7F:  # noqa: PLR2004 - a varint's seven bits
         prefix.append(size & 0x7F | 0x80)
         size >>= 7
     return bytes([*prefix, size]) + data
@@ -47,14 +48,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--image", type=Path, help="write the full descriptor image here")
+    parser.add_argument("--proto", type=Path, default=PROTO, help="read the schema from here")
     args = parser.parse_args()
-    files = sorted(str(path.relative_to(PROTO)) for path in (PROTO / "lowbit").rglob("*.proto"))
+    files = sorted(
+        str(path.relative_to(args.proto)) for path in (args.proto / "lowbit").rglob("*.proto")
+    )
     well_known = Path(grpc_tools.__file__).parent / "_proto"
     with tempfile.TemporaryDirectory() as folder:
         rules, image = Path(folder, "rules.binpb"), Path(folder, "image.binpb")
         rules.write_bytes(rules_descriptor())
         run(
-            f"-I{PROTO}",
+            f"-I{args.proto}",
             f"-I{well_known}",
             f"--descriptor_set_in={rules}",
             "--include_imports",
@@ -72,7 +76,11 @@ def main() -> None:
         image.write_bytes(descriptors.SerializeToString())
         args.out.mkdir(parents=True, exist_ok=True)
         out = [f"--{kind}_out={args.out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
-        run(f"--descriptor_set_in={image}", *out, *files)
+        bin_ = Path(sys.executable).parent  # this environment's plugins, whatever PATH says
+        plugins = [
+            f"--plugin=protoc-gen-{kind}={bin_}/protoc-gen-{kind}" for kind in ("mypy", "mypy_grpc")
+        ]
+        run(f"--descriptor_set_in={image}", *plugins, *out, *files)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ class Reason(StrEnum):
     NOT_IMPLEMENTED = "NOT_IMPLEMENTED"
     INTERNAL = "INTERNAL"
     ARTIFACT_CORRUPT = "ARTIFACT_CORRUPT"
+    LOAD_FAILED = "LOAD_FAILED"
 
 
 CODES: Mapping[Reason, StatusCode] = {
@@ -76,6 +77,7 @@ CODES: Mapping[Reason, StatusCode] = {
     Reason.NOT_IMPLEMENTED: StatusCode.UNIMPLEMENTED,
     Reason.INTERNAL: StatusCode.INTERNAL,
     Reason.ARTIFACT_CORRUPT: StatusCode.DATA_LOSS,
+    Reason.LOAD_FAILED: StatusCode.FAILED_PRECONDITION,
 }
 
 
@@ -90,7 +92,7 @@ class Violation:
 class LowbitError(Exception):
     """The root of all errors that a client or a job record may show."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a status can carry
         self,
         reason: Reason,
         message: str,

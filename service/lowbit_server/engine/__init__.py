@@ -1,0 +1,1 @@
+"""Batches requests and makes tokens, step by step."""

@@ -1,0 +1,1 @@
+"""Language models behind one interface: a batch in, logits out."""

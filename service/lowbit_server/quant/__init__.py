@@ -1,0 +1,1 @@
+"""Schemes, and how weights are brought into each of them."""

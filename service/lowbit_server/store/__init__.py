@@ -1,0 +1,1 @@
+"""Artefacts on disk and the database."""

@@ -1,0 +1,1 @@
+"""The worker process: commands in, one message per engine step out."""

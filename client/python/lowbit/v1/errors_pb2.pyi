@@ -82,6 +82,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INTERNAL: a fault of the server; the log has the cause under the request id."""
     ERROR_REASON_ARTIFACT_CORRUPT: _ErrorReason.ValueType  # 29
     """DATA_LOSS: a stored file's digest differs from its manifest."""
+    ERROR_REASON_LOAD_FAILED: _ErrorReason.ValueType  # 30
+    """FAILED_PRECONDITION: the worker could not make the model live; the message says why."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or a job failed. Every error status carries a google.rpc.ErrorInfo
@@ -149,4 +151,6 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 28
 """INTERNAL: a fault of the server; the log has the cause under the request id."""
 ERROR_REASON_ARTIFACT_CORRUPT: ErrorReason.ValueType  # 29
 """DATA_LOSS: a stored file's digest differs from its manifest."""
+ERROR_REASON_LOAD_FAILED: ErrorReason.ValueType  # 30
+"""FAILED_PRECONDITION: the worker could not make the model live; the message says why."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -1,0 +1,64 @@
+# The project's commands; `make` lists them.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BASE ?= main
+BIN := .venv/bin
+READY := .venv/.ready
+STUBS := client/python
+GENERATED := build/generated
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint proto generate checkgenerate unit bench lock clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) ## Import a model, quantize it, load it, stream from it, measure it
+	@$(BIN)/lowbit demo $(DEMO_FLAGS)
+
+test: $(READY) lint proto checkgenerate unit ## Lint, check the API and the generated code, run all tests
+
+lint: $(READY) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy service/lowbit_server client/python/lowbit
+
+proto: $(READY) ## Lint the API and look for breaking changes since BASE (default: main)
+	@mkdir -p build/base
+	$(BIN)/python proto/generate.py $(GENERATED) --image build/image.binpb
+	$(BIN)/buf lint build/image.binpb --config proto/buf.yaml
+	git archive $(shell git rev-parse -q --verify $(BASE) || echo HEAD) proto | tar -x -C build/base
+	$(BIN)/python proto/generate.py build/base/generated --image build/base.binpb --proto build/base/proto
+	$(BIN)/buf breaking build/image.binpb --against build/base.binpb --config proto/buf.yaml
+
+generate: $(READY) ## Write the stubs and the blocking client again
+	$(BIN)/python proto/generate.py $(STUBS)
+	$(BIN)/python client/python/unasync.py
+
+checkgenerate: $(READY) ## Fail when committed generated code is stale
+	@rm -rf $(GENERATED)
+	$(BIN)/python proto/generate.py $(GENERATED)
+	@cd $(GENERATED) && find . -name '*_pb2*' | while read -r file; do \
+		cmp "$$file" "../../$(STUBS)/$$file" || exit 1; done
+	$(BIN)/python client/python/unasync.py --check
+
+unit: $(READY) ## Run the tests
+	$(BIN)/python -m pytest
+
+bench: $(READY) ## Measure what the server adds to a scripted engine
+	$(BIN)/python benchmarks/rpc.py
+
+lock: $(READY) ## Pin the newest versions that pyproject.toml allows
+	$(BIN)/uv pip compile -q --upgrade pyproject.toml --group dev --generate-hashes \
+		--no-emit-index-url --no-header --no-emit-package lowbit -o requirements.txt
+
+clean: ## Remove what the commands made
+	rm -rf .venv .demo .models build
+
+$(READY): requirements-uv.txt requirements.txt pyproject.toml client/python/pyproject.toml
+	@echo "Setting up .venv (once) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-uv.txt
+	@$(BIN)/uv pip install -q -p .venv --require-hashes --no-deps -r requirements.txt
+	@$(BIN)/uv pip install -q -p .venv --no-deps --no-build-isolation -e client/python -e .
+	@touch $@

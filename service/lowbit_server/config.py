@@ -1,0 +1,169 @@
+"""The server's configuration: a TOML file, then `LOWBIT_…` variables, then flags.
+
+The later of these wins. Everything is validated once, at start; an unknown or bad
+value is fatal and named.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PREFIX = "LOWBIT_"
+CLIENT_VARIABLES = frozenset({"LOWBIT_ADDRESS"})
+"""Variables that the clients read; the server leaves them alone."""
+
+_DEVICE = re.compile(r"cpu|cuda:\d{1,3}")
+_LISTEN = re.compile(r"(?:[^:\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
+_PORTS = 65536
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names the value and its source."""
+
+
+class Config(BaseSettings):
+    """All that an operator can set."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True
+    )
+
+    home: Path = Path("~/.local/share/lowbit")
+    """Folder of the store: models, staging, database, worker sockets."""
+    listen: str = "127.0.0.1:50151"
+    """HOST:PORT of the public API; port 0 takes a free one and writes it to HOME/address."""
+    devices: Annotated[tuple[str, ...], NoDecode] = ("cpu",)
+    """Devices, one pool each: "cpu" or "cuda:N"."""
+    workers_per_device: int = Field(default=1, ge=1, le=64)
+    threads_per_worker: int = Field(default=0, ge=0, le=1024)
+    """Compute threads of a worker; 0 shares the machine's cores among the workers."""
+    import_roots: Annotated[tuple[Path, ...], NoDecode] = ()
+    """Folders from which models and texts may be read."""
+    scripted_models: bool = False
+    """Allows models of the scripted engine, which makes tokens by script (for tests)."""
+
+    max_admitted_requests: int = Field(default=256, ge=1, le=65536)
+    """Requests that run or wait at one time; the next one is refused."""
+    max_running_requests: int = Field(default=32, ge=1, le=1024)
+    """Requests that one model runs at one time in one worker."""
+    kv_cache_bytes: int = Field(default=2 << 30, ge=1 << 20)
+    """KV cache of one model in one worker, bytes."""
+    stream_buffer_tokens: int = Field(default=1024, ge=16, le=1 << 20)
+    """Tokens that a slow reader may lag behind before its stream is failed."""
+    max_message_bytes: int = Field(default=16 << 20, ge=1 << 16, le=1 << 30)
+    """Largest request message, bytes."""
+
+    max_running_jobs: int = Field(default=1, ge=1, le=64)
+    max_queued_jobs: int = Field(default=100, ge=1, le=100_000)
+
+    worker_start_timeout_s: float = Field(default=120.0, gt=0)
+    worker_ping_interval_s: float = Field(default=2.0, gt=0)
+    worker_hang_timeout_s: float = Field(default=60.0, gt=0)
+    """A worker whose step loop gives no sign of life for this long is restarted."""
+    drain_grace_s: float = Field(default=30.0, ge=0)
+    """How long running streams may go on after SIGTERM."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _split_devices(cls, value: object) -> object:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("import_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: object) -> object:
+        return (
+            [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
+        )
+
+    @field_validator("devices")
+    @classmethod
+    def _check_devices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for device in value:
+            if _DEVICE.fullmatch(device) is None:
+                message = f"{device!r} is not a device; allowed: cpu, cuda:N"
+                raise ValueError(message)
+        if not value or len(set(value)) != len(value):
+            message = "name at least one device, and each only once"
+            raise ValueError(message)
+        return value
+
+    @field_validator("listen")
+    @classmethod
+    def _check_listen(cls, value: str) -> str:
+        if _LISTEN.fullmatch(value) is None or int(value.rsplit(":", 1)[1]) >= _PORTS:
+            message = f"{value!r} is not HOST:PORT"
+            raise ValueError(message)
+        return value
+
+    @field_validator("home")
+    @classmethod
+    def _resolve_home(cls, value: Path) -> Path:
+        return value.expanduser().resolve()
+
+    @field_validator("import_roots")
+    @classmethod
+    def _resolve_roots(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        roots = tuple(root.expanduser().resolve() for root in value)
+        for root in roots:
+            if not root.is_dir():
+                message = f"{root} is not a folder"
+                raise ValueError(message)
+        return roots
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - part of the signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - part of the signature
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources: flags, then variables, then the file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
+    """Return the configuration; raise ConfigError when any of it cannot be used.
+
+    `flags` holds the values given on the command line, by field name.
+    """
+    if file is not None and not file.is_file():
+        message = f"configuration file {file} does not exist"
+        raise ConfigError(message)
+    known = {PREFIX + name.upper() for name in Config.model_fields} | CLIENT_VARIABLES
+    if unknown := sorted(
+        name for name in os.environ if name.startswith(PREFIX) and name not in known
+    ):
+        message = f"unknown variable {unknown[0]}; known: {', '.join(sorted(known))}"
+        raise ConfigError(message)
+
+    class _Config(Config):
+        model_config = SettingsConfigDict(toml_file=file)
+
+    try:
+        return _Config(**flags)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        message = f"{name}: {first['msg']}"
+        raise ConfigError(message) from error
+    except ValueError as error:  # the file is no TOML
+        message = f"configuration file {file}: {error}"
+        raise ConfigError(message) from error

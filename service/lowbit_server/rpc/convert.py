@@ -1,0 +1,289 @@
+"""Between the public messages and the service's own dataclasses; only here."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, assert_never
+
+from lowbit.v1 import errors_pb2, generation_pb2, job_pb2, model_pb2, quantization_pb2, runtime_pb2
+from lowbit.worker.v1.worker_pb2 import Submit
+from lowbit_server.errors import LowbitError, Reason
+from lowbit_server.jobs.manager import describe_source
+from lowbit_server.pool.replica import ReplicaState
+from lowbit_server.quant.schemes import (
+    AwqScheme,
+    Bnb4BitScheme,
+    FloatScheme,
+    GptqScheme,
+    Int8Scheme,
+    RtnScheme,
+    ScriptedScheme,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lowbit_server.jobs.records import Job
+    from lowbit_server.jobs.spec import Failed, Progress
+    from lowbit_server.pool.replica import Replica
+    from lowbit_server.pool.worker import Worker
+    from lowbit_server.quant.schemes import FloatType, Scheme
+    from lowbit_server.store.manifest import Manifest, Quality
+
+_FLOATS: dict[int, FloatType] = {
+    quantization_pb2.FLOAT_TYPE_FP32: "fp32",
+    quantization_pb2.FLOAT_TYPE_FP16: "fp16",
+    quantization_pb2.FLOAT_TYPE_BF16: "bf16",
+}
+_KINDS = {
+    "import": job_pb2.JOB_KIND_IMPORT,
+    "quantize": job_pb2.JOB_KIND_QUANTIZE,
+}
+
+
+def not_implemented(what: str) -> LowbitError:
+    """Return the error for a part of the API that this server does not offer yet."""
+    return LowbitError(Reason.NOT_IMPLEMENTED, f"{what} is not offered by this server yet")
+
+
+# Schemes
+
+
+def float_type(value: int) -> FloatType | None:
+    """Return the type's name; None when it is not set."""
+    return _FLOATS.get(value)
+
+
+def scheme(message: quantization_pb2.Scheme) -> Scheme:
+    """Return the scheme with every default resolved; the message has been validated."""
+    kind = message.WhichOneof("kind")
+    match kind:
+        case "float":
+            return FloatScheme(type=_FLOATS[message.float.type])
+        case "int8":
+            return Int8Scheme(**_given(message.int8, "outlier_threshold"))
+        case "bnb_4bit":
+            options = message.bnb_4bit
+            nf4 = options.quant_type == quantization_pb2.BNB_QUANT_TYPE_NF4
+            return Bnb4BitScheme(
+                quant_type="nf4" if nf4 else "fp4",
+                compute_type=float_type(options.compute_type) or "bf16",
+                **_given(options, "double_quant"),
+            )
+        case "gptq":
+            fields = ("bits", "group_size", "desc_act", "sym", "damp")
+            return GptqScheme(**_given(message.gptq, *fields))
+        case "awq":
+            return AwqScheme(**_given(message.awq, "group_size", "zero_point"))
+        case "rtn":
+            return RtnScheme(**_given(message.rtn, "bits", "group_size", "sym"))
+        case None:
+            raise AssertionError  # required by the message's own rules
+        case _:
+            assert_never(kind)
+
+
+def _given(message: object, *fields: str) -> dict[str, object]:
+    return {name: getattr(message, name) for name in fields if message.HasField(name)}  # type: ignore[attr-defined]
+
+
+def scheme_message(value: Scheme) -> quantization_pb2.Scheme | None:
+    """Return the message of a scheme; a scripted model has none."""
+    floats = {name: number for number, name in _FLOATS.items()}
+    match value:
+        case FloatScheme():
+            return quantization_pb2.Scheme(
+                float=quantization_pb2.FloatScheme(type=floats[value.type])
+            )
+        case Bnb4BitScheme():
+            return quantization_pb2.Scheme(
+                bnb_4bit=quantization_pb2.Bnb4BitScheme(
+                    quant_type=quantization_pb2.BnbQuantType.Value(
+                        f"BNB_QUANT_TYPE_{value.quant_type.upper()}"
+                    ),
+                    compute_type=floats[value.compute_type],
+                    double_quant=value.double_quant,
+                )
+            )
+        case Int8Scheme():
+            options = value.model_dump(exclude={"kind"})
+            return quantization_pb2.Scheme(int8=quantization_pb2.Int8Scheme(**options))
+        case GptqScheme():
+            options = value.model_dump(exclude={"kind"})
+            return quantization_pb2.Scheme(gptq=quantization_pb2.GptqScheme(**options))
+        case AwqScheme():
+            options = value.model_dump(exclude={"kind"})
+            return quantization_pb2.Scheme(awq=quantization_pb2.AwqScheme(**options))
+        case RtnScheme():
+            options = value.model_dump(exclude={"kind"})
+            return quantization_pb2.Scheme(rtn=quantization_pb2.RtnScheme(**options))
+        case ScriptedScheme():
+            return None
+        case _:
+            assert_never(value)
+
+
+# Models
+
+
+def model(
+    manifest: Manifest, aliases: Sequence[str], replicas: Sequence[Replica]
+) -> model_pb2.Model:
+    """Return the message of a model and of where it is live."""
+    message = model_pb2.Model(
+        name=manifest.name,
+        revision=manifest.revision,
+        scheme=manifest.scheme.name,
+        scheme_options=scheme_message(manifest.scheme),
+        architecture=manifest.architecture,
+        parameters=manifest.parameters,
+        context_tokens=manifest.context_tokens,
+        disk_bytes=manifest.disk_bytes,
+        files=[model_pb2.ModelFile(**file.model_dump()) for file in manifest.files],
+        source=manifest.source,
+        source_digest=manifest.source_digest,
+        parent=manifest.parent,
+        quality=quality(manifest.quality) if manifest.quality else None,
+        aliases=aliases,
+        replicas=[
+            model_pb2.Replica(
+                device=one.device,
+                worker=one.worker,
+                state=model_pb2.ReplicaState.Value(f"REPLICA_STATE_{one.state}"),
+                live_bytes=one.live_bytes,
+            )
+            for one in replicas
+        ],
+    )
+    message.create_time.FromDatetime(manifest.create_time)
+    return message
+
+
+def quality(report: Quality) -> quantization_pb2.QualityReport:
+    """Return the message of a quality report."""
+    return quantization_pb2.QualityReport(**report.model_dump(exclude_none=True))
+
+
+def load_progress(replica: Replica) -> model_pb2.LoadResponse:
+    """Return how far a replica's load is."""
+    return model_pb2.LoadResponse(
+        device=replica.device,
+        worker=replica.worker,
+        phase=model_pb2.LoadPhase.Value(f"LOAD_PHASE_{replica.phase}"),
+        fraction=replica.fraction,
+        live_bytes=replica.live_bytes,
+    )
+
+
+# Jobs
+
+
+def job(record: Job, queue_position: int) -> job_pb2.Job:
+    """Return the message of a job."""
+    spec = record.spec
+    message = job_pb2.Job(
+        id=record.id,
+        kind=_KINDS[spec.kind],
+        state=job_pb2.JobState.Value(f"JOB_STATE_{record.state}"),
+        model=spec.model,
+        source=describe_source(spec),
+        scheme=spec.scheme.name if spec.kind == "quantize" else "",
+        queue_position=queue_position,
+        progress=_progress(record.progress) if record.progress else None,
+        error=_job_error(record.error) if record.error else None,
+        request_id=record.request_id,
+        sequence=record.sequence,
+    )
+    for name in ("create_time", "start_time", "end_time"):
+        if (moment := getattr(record, name)) is not None:
+            getattr(message, name).FromDatetime(moment)
+    return message
+
+
+def _progress(progress: Progress) -> job_pb2.JobProgress:
+    message = job_pb2.JobProgress(
+        phase=job_pb2.JobPhase.Value(f"JOB_PHASE_{progress.phase.upper()}"),
+        done=progress.done,
+        total=progress.total,
+        bytes=progress.bytes,
+        peak_memory_bytes=progress.peak_memory_bytes,
+    )
+    if progress.eta_s is not None:
+        message.eta.FromMilliseconds(round(progress.eta_s * 1000))
+    return message
+
+
+def _job_error(error: Failed) -> job_pb2.JobError:
+    reason = errors_pb2.ErrorReason.Value(f"ERROR_REASON_{error.reason}")
+    return job_pb2.JobError(reason=reason, message=error.message)
+
+
+# Runtime
+
+
+def device(name: str, workers: Sequence[Worker]) -> runtime_pb2.Device:
+    """Return the message of a device and its workers."""
+    up = [one for one in workers if one.total_bytes]
+    return runtime_pb2.Device(
+        name=name,
+        description=up[0].description if up else "",
+        total_bytes=up[0].total_bytes if up else 0,
+        free_bytes=up[0].free_bytes if up else 0,
+        workers=[
+            runtime_pb2.Worker(
+                name=one.name,
+                state=runtime_pb2.WorkerState.Value(f"WORKER_STATE_{one.state}"),
+                pid=one.pid,
+                restarts=one.restarts,
+                running_requests=one.running,
+                resident_bytes=one.resident_bytes,
+            )
+            for one in workers
+        ],
+        models=[
+            runtime_pb2.LiveModel(
+                model=replica.model,
+                worker=one.name,
+                live_bytes=replica.live_bytes,
+                kv_bytes=replica.kv_bytes,
+            )
+            for one in workers
+            for replica in one.replicas.values()
+            if replica.state is not ReplicaState.LOADING
+        ],
+    )
+
+
+# Generation
+
+
+def submit(
+    request: generation_pb2.GenerateRequest, manifest: Manifest, prompt: Sequence[int]
+) -> Submit:
+    """Return the worker's command for a validated request, with every default resolved."""
+    sampling, stopping = request.sampling, request.stopping
+
+    def given(message: object, field: str, default: float) -> float:
+        return getattr(message, field) if message.HasField(field) else default  # type: ignore[attr-defined,no-any-return]
+
+    room = manifest.context_tokens - len(prompt)
+    return Submit(
+        model=manifest.name,
+        prompt=prompt,
+        temperature=given(sampling, "temperature", 1.0),
+        top_p=given(sampling, "top_p", 1.0),
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=given(sampling, "repetition_penalty", 1.0),
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(64),
+        # The worker ends an output that reaches the context with CONTEXT_LIMIT.
+        max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else room + 1,
+        min_tokens=stopping.min_tokens,
+        eos_token_ids=[] if stopping.ignore_eos else manifest.eos_token_ids,
+        stop_token_ids=stopping.token_ids,
+        time_limit_ms=max(1, stopping.time_limit.ToMilliseconds())
+        if stopping.HasField("time_limit")
+        else 0,
+    )

@@ -1,0 +1,111 @@
+"""Admission of requests and choice of their worker."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from lowbit_server.errors import LowbitError, Reason
+from lowbit_server.pool.replica import Replica, ReplicaState
+from lowbit_server.pool.stream import RequestStream
+from lowbit_server.signals import Changed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from lowbit.worker.v1.worker_pb2 import Submit
+    from lowbit_server.config import Config
+    from lowbit_server.pool.pool import Pool
+
+RETRY_QUEUE_S = 0.5
+RETRY_LOADING_S = 1.0
+RETRY_DRAINING_S = 5.0
+
+
+def choose(model: str, replicas: Sequence[Replica]) -> Replica:
+    """Return the live replica with the fewest requests.
+
+    Raises MODEL_LOADING while none is live but one is on its way, else MODEL_NOT_LOADED.
+    """
+    live = [replica for replica in replicas if replica.state is ReplicaState.LIVE]
+    if live:
+        return min(live, key=lambda replica: replica.requests)
+    if any(replica.state is ReplicaState.LOADING for replica in replicas):
+        message = f"model {model!r} is being loaded"
+        raise LowbitError(
+            Reason.MODEL_LOADING,
+            message,
+            metadata={"model": model},
+            retry_after_s=RETRY_LOADING_S,
+        )
+    message = f"model {model!r} is not loaded; call Load first"
+    raise LowbitError(Reason.MODEL_NOT_LOADED, message, metadata={"model": model})
+
+
+class Scheduler:
+    """Owns the admission count; everything else it asks of the pool."""
+
+    def __init__(self, config: Config, pool: Pool) -> None:
+        """Admit requests to the models of `pool`."""
+        self._limit = config.max_admitted_requests
+        self._buffer_tokens = config.stream_buffer_tokens
+        self._pool = pool
+        self._numbers = itertools.count(1)
+        self.admitted = 0
+        """Requests that run or wait."""
+        self.draining = False
+        self._left = Changed()
+
+    @contextmanager
+    def admit(self, model: str) -> Iterator[None]:
+        """Hold an admission slot for a request to a model while the block runs.
+
+        Raises SHUTTING_DOWN, QUEUE_FULL, MODEL_LOADING or MODEL_NOT_LOADED at once:
+        nothing waits for admission.
+        """
+        self.check_open()
+        if self.admitted >= self._limit:
+            message = f"{self.admitted} requests run or wait already"
+            raise LowbitError(Reason.QUEUE_FULL, message, retry_after_s=RETRY_QUEUE_S)
+        choose(model, self._pool.replicas(model))
+        self.admitted += 1
+        try:
+            yield
+        finally:
+            self.admitted -= 1
+            self._left.notify()
+
+    @contextmanager
+    def run(
+        self, submit: Submit, on_stall: Callable[[], object]
+    ) -> Iterator[tuple[Replica, RequestStream]]:
+        """Run an admitted request on the best replica while the block runs.
+
+        Leaving the block early cancels the request. Raises as `admit`, since the
+        replica may be gone by now.
+        """
+        replica = choose(submit.model, self._pool.replicas(submit.model))
+        worker = self._pool.worker(replica.worker)
+        submit.request = next(self._numbers)
+        stream = RequestStream(self._buffer_tokens, on_stall)
+        worker.submit(submit, stream)
+        try:
+            yield replica, stream
+        finally:
+            worker.release(submit.request)
+
+    async def drain(self, grace_s: float) -> None:
+        """Admit nothing new; return when no request is left or `grace_s` has passed."""
+        self.draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self.admitted:
+                    await self._left.next().wait()
+
+    def check_open(self) -> None:
+        """Raise SHUTTING_DOWN when the server drains."""
+        if self.draining:
+            message = "the server is shutting down"
+            raise LowbitError(Reason.SHUTTING_DOWN, message, retry_after_s=RETRY_DRAINING_S)
