@@ -56,6 +56,7 @@ class Scheduler:
         self.admitted = 0
         """Requests that run or wait."""
         self.draining = False
+        """Set by the server when it shall admit nothing new."""
         self._left = Changed()
 
     @contextmanager
@@ -96,11 +97,10 @@ class Scheduler:
         finally:
             worker.release(submit.request)
 
-    async def drain(self, grace_s: float) -> None:
-        """Admit nothing new; return when no request is left or `grace_s` has passed."""
-        self.draining = True
+    async def wait_idle(self, timeout_s: float) -> None:
+        """Return when no request is left, or after `timeout_s`."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
+            async with asyncio.timeout(timeout_s):
                 while self.admitted:
                     await self._left.next().wait()
 

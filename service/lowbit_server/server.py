@@ -102,47 +102,37 @@ class Server:
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain and stop; a second signal ends at once."""
-        # Start: first the store, since the jobs that a crash left are failed by it;
+        await self.start()
+        await _wait_for_signal()
+        await self.drain()
+        await self.stop()
+
+    async def start(self) -> str:
+        """Start everything and return the address that is served, HOST:PORT."""
+        # First the store, since the jobs that a crash left are failed by it;
         # then the workers; the port opens last.
         await self._catalog.start()
         await self._jobs.start()
         await self._pool.start()
-        reporter = asyncio.create_task(self._report_health())
+        self._reporter = asyncio.create_task(self._report_health())
         host, _ = self._config.listen.rsplit(":", 1)
         port = self._grpc.add_insecure_port(self._config.listen)
         await self._grpc.start()
         address = f"{host}:{port}"
         self._publish_address(address)
         log.info("serving", address=address, devices=self._config.devices, pid=os.getpid())
-        await self._wait_for_signal()
-        await self._drain()
-        reporter.cancel()
-        await self._stop()
+        return address
 
-    async def _wait_for_signal(self) -> None:
-        stopping = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def on_signal(number: int) -> None:
-            if stopping.is_set():
-                log.warning("second signal: ending at once", signal=number)
-                os._exit(128 + number)
-            stopping.set()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal, number)
-        await stopping.wait()
-
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
         """Admit nothing new and let the running streams finish."""
         log.info("draining", running=self._scheduler.admitted, grace_s=self._config.drain_grace_s)
-        drained = asyncio.create_task(self._scheduler.drain(self._config.drain_grace_s))
-        await asyncio.sleep(0)
+        self._scheduler.draining = True
         self._pool.changed.notify()  # health turns NOT_SERVING
-        await drained
+        await self._scheduler.wait_idle(self._config.drain_grace_s)
 
-    async def _stop(self) -> None:
-        # Stop in the reverse order of start: no call may see a part that is gone.
+    async def stop(self) -> None:
+        """Stop everything, in the reverse order of start: no call may see a part that is gone."""
+        self._reporter.cancel()
         await self._grpc.stop(CLOSE_GRACE_S)
         await self._jobs.stop()
         await self._pool.stop()
@@ -168,6 +158,21 @@ class Server:
         part = self._config.home / "address.part"
         part.write_text(address + "\n")
         part.replace(self._config.home / "address")
+
+
+async def _wait_for_signal() -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: int) -> None:
+        if stopping.is_set():
+            log.warning("second signal: ending at once", signal=number)
+            os._exit(128 + number)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    await stopping.wait()
 
 
 def _launcher(config: Config) -> LocalLauncher:

@@ -108,25 +108,28 @@ class Tokenizers:
 
     def __init__(self) -> None:
         """Hold none yet."""
-        self._cache: OrderedDict[str, asyncio.Task[ModelTokenizer]] = OrderedDict()
+        self._cache: OrderedDict[str, ModelTokenizer] = OrderedDict()
+        self._reading = asyncio.Lock()
 
     async def get(self, manifest: Manifest, folder: Path) -> ModelTokenizer:
         """Return the tokenizer of a model; raise ARTIFACT_CORRUPT when it cannot be read."""
         key = manifest.revision
-        task = self._cache.get(key)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = asyncio.create_task(asyncio.to_thread(ModelTokenizer, folder))
-            self._cache[key] = task
-            while len(self._cache) > CACHED_TOKENIZERS:
-                self._cache.popitem(last=False)
+        if key not in self._cache:
+            async with self._reading:  # of many first requests one reads
+                if key not in self._cache:
+                    self._cache[key] = await _read(manifest.name, folder)
+                    if len(self._cache) > CACHED_TOKENIZERS:
+                        self._cache.popitem(last=False)
         self._cache.move_to_end(key)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:  # the tokenizers library raises plain Exception
-            message = f"the tokenizer of {manifest.name!r} cannot be read: {error}"
-            raise LowbitError(Reason.ARTIFACT_CORRUPT, message) from error
+        return self._cache[key]
+
+
+async def _read(name: str, folder: Path) -> ModelTokenizer:
+    try:
+        return await asyncio.to_thread(ModelTokenizer, folder)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        message = f"the tokenizer of {name!r} cannot be read: {error}"
+        raise LowbitError(Reason.ARTIFACT_CORRUPT, message) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -93,6 +93,8 @@ class Pool:
                 and replica.state is ReplicaState.LOADING
                 and not replica.wanted
             ):
+                # No longer LOADING, so that nobody joins what is being stopped.
+                self._drain(replica)
                 self.worker(replica.worker).unload(replica.model)
 
     async def unload(self, model: str, *, drain_timeout_s: float, force: bool) -> tuple[int, int]:
@@ -106,9 +108,7 @@ class Pool:
             raise LowbitError(Reason.MODEL_NOT_LOADED, message, metadata={"model": model})
         freed = sum(replica.live_bytes for replica in replicas)
         for replica in replicas:
-            replica.state = ReplicaState.DRAINING
-            replica.changed.notify()
-        self.changed.notify()
+            self._drain(replica)
         if not force:
             idle = asyncio.gather(*(_wait_idle(replica) for replica in replicas))
             with suppress(TimeoutError):
@@ -118,6 +118,12 @@ class Pool:
                 self.worker(replica.worker).unload(model)
         await asyncio.gather(*(_wait_gone(replica) for replica in replicas))
         return len(replicas), freed
+
+    def _drain(self, replica: Replica) -> None:
+        """Let a replica take nothing new."""
+        replica.state = ReplicaState.DRAINING
+        replica.changed.notify()
+        self.changed.notify()
 
 
 def _candidate(worker: Worker, model: str) -> Candidate:

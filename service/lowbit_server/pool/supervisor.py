@@ -11,6 +11,7 @@ import grpc
 import structlog
 
 from lowbit_server.pool.link import Link
+from lowbit_server.pool.worker import WorkerState
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -55,6 +56,7 @@ class Supervisor:
 
     async def _live(self) -> str:
         """Run one process to its end and return why it ended."""
+        self._worker.state = WorkerState.STARTING
         process = await self._launcher.launch(self._worker.name, self._worker.device)
         link = Link(process.address)
         died = asyncio.create_task(process.wait())

@@ -49,8 +49,8 @@ class Worker:
         self.resident_bytes = 0
         self.total_bytes = 0
         self.free_bytes = 0
-        self.running = 0
         self.waiting = 0
+        """Requests that the worker has not given a slot yet."""
         self.output_tokens = 0
         """Tokens made since the server started."""
         self.last_sign_of_life = time.monotonic()
@@ -67,6 +67,11 @@ class Worker:
     def requests(self) -> int:
         """Requests that run or wait on it."""
         return len(self._requests)
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a slot, as of the last step."""
+        return max(0, len(self._requests) - self.waiting)
 
     def submit(self, command: wire.Submit, stream: RequestStream) -> None:
         """Run a request; its outputs go to `stream`. The model must be live here."""
@@ -111,9 +116,11 @@ class Worker:
 
     def detach(self) -> None:
         """Take note that the process is lost: end its requests, keep what shall be reloaded."""
+        if self.state is WorkerState.LOST:
+            return
         self._link = None
         self.state = WorkerState.LOST
-        self.pid = self.running = self.waiting = self.resident_bytes = 0
+        self.pid = self.waiting = self.resident_bytes = 0
         for request in list(self._requests):
             stream, _ = self._requests[request]
             self._forget(request)
@@ -145,7 +152,7 @@ class Worker:
                     self._gone(replica, None)
 
     def _step(self, step: wire.Step) -> None:
-        self.running, self.waiting = step.running, step.waiting
+        self.waiting = step.waiting
         for output in step.outputs:
             self.output_tokens += len(output.token_ids)
             if (entry := self._requests.get(output.request)) is None:

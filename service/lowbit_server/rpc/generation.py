@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lowbit_server.tokenizer import ModelTokenizer, Tokenizers
 
 RETRY_WORKER_S = 1.0
+INLINE_CHARACTERS = 2048
+"""A text up to this long is tokenized in less time than a thread takes to answer."""
 _ROLES = {
     pb.ROLE_SYSTEM: "system",
     pb.ROLE_USER: "user",
@@ -83,7 +85,7 @@ class GenerationService(GenerationServiceServicer):
             text, special = await asyncio.to_thread(_render, tokenizer, request.chat), False
         else:
             text = request.text
-        ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special)
+        ids = await _encode(tokenizer, text, special=special)
         return pb.TokenizeResponse(token_ids=ids, text=text)
 
     async def Detokenize(
@@ -118,11 +120,9 @@ class GenerationService(GenerationServiceServicer):
                 _check_ids("token_ids.ids", prompt, manifest.vocab_size)
             case "chat":
                 text = await asyncio.to_thread(_render, tokenizer, request.chat)
-                prompt = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
+                prompt = await _encode(tokenizer, text, special=False)
             case _:
-                prompt = await asyncio.to_thread(
-                    tokenizer.encode, request.text, add_special_tokens=True
-                )
+                prompt = await _encode(tokenizer, request.text, special=True)
         if not prompt:
             raise invalid("text", "the prompt has no tokens; send at least one")
         if len(prompt) >= manifest.context_tokens:
@@ -239,6 +239,12 @@ def _render(tokenizer: ModelTokenizer, chat: pb.Chat) -> str:
     messages = [{"role": _ROLES[one.role], "content": one.content} for one in chat.messages]
     prompt = not chat.HasField("add_generation_prompt") or chat.add_generation_prompt
     return tokenizer.render(messages, add_generation_prompt=prompt)
+
+
+async def _encode(tokenizer: ModelTokenizer, text: str, *, special: bool) -> list[int]:
+    if len(text) <= INLINE_CHARACTERS:
+        return tokenizer.encode(text, add_special_tokens=special)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=special)
 
 
 def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:

@@ -165,16 +165,19 @@ async def _follow(replicas: Sequence[Replica], context: Context) -> None:
     sent: dict[str, pb.LoadResponse] = {}
     while True:
         changes = [replica.changed.next() for replica in replicas]
+        live = True
         for replica in replicas:
             if replica.state is ReplicaState.GONE:
                 raise replica.error or LowbitError(
                     Reason.CANCELLED, f"the load of {replica.model!r} was stopped"
                 )
+            # Read with the message: the state may change while that is written.
+            live = live and replica.state is ReplicaState.LIVE
             message = convert.load_progress(replica)
             if message != sent.get(replica.worker):
                 sent[replica.worker] = message
                 await context.write(message)
-        if all(replica.state is not ReplicaState.LOADING for replica in replicas):
+        if live:
             return
         await _first(change.wait() for change in changes)
 

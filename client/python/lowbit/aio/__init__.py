@@ -1,0 +1,1 @@
+"""The client for asyncio. It is the source that `lowbit.sync` is generated from."""

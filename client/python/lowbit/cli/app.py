@@ -1,0 +1,68 @@
+"""Puts the commands together and turns exceptions into one line and an exit code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowbit.cli import demo, generate, jobs, models, quantize, runtime
+from lowbit.cli.server import DemoError
+from lowbit.errors import LowbitError
+from lowbit.options import ADDRESS_VARIABLE, DEFAULT_ADDRESS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+app = typer.Typer(
+    name="lowbit",
+    help="Make language models smaller and serve them.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+app.command("import")(models.import_)
+app.command("quantize")(quantize.quantize)
+app.command("load")(models.load)
+app.command("unload")(models.unload)
+app.command("generate")(generate.generate)
+app.add_typer(models.app, name="models")
+app.add_typer(jobs.app, name="jobs")
+app.command("schemes")(quantize.schemes)
+app.command("devices")(runtime.devices)
+app.command("info")(runtime.info)
+app.command("demo")(demo.demo)
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            envvar=ADDRESS_VARIABLE,
+            metavar="HOST:PORT",
+            help=f"Server to talk to.  [default: {DEFAULT_ADDRESS}]",
+        ),
+    ] = None,
+) -> None:
+    """Make language models smaller and serve them."""
+    context.obj = address
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    try:
+        code = app(arguments, prog_name="lowbit", standalone_mode=False)
+    except (LowbitError, DemoError) as error:
+        return _failed(str(error), 1)
+    except typer.TyperException as error:
+        return _failed(f"{error.format_message()} (see lowbit --help)", error.exit_code)
+    except typer.Abort:
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _failed(text: str, code: int) -> int:
+    typer.echo(f"lowbit: error: {' '.join(text.split())}", err=True)
+    return code

@@ -1,0 +1,95 @@
+"""What several commands share: the connection, options and ways to print."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from datetime import UTC
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+from rich.table import Table
+
+from lowbit.sync.client import Client
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from google.protobuf.descriptor import EnumDescriptor
+    from google.protobuf.message import Message
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+RequestId = Annotated[str, typer.Option(help="Makes the command idempotent.")]
+DryRun = Annotated[bool, typer.Option(help="Check everything and start nothing.")]
+Wait = Annotated[bool, typer.Option(help="Wait for the job and show its progress.")]
+Device = Annotated[str, typer.Option(help='Such as "cpu" or "cuda:0"; chosen when empty.')]
+
+_PIPE_COLUMNS = 200
+_KIB = 1024.0
+
+
+def connect(context: typer.Context) -> Client:
+    """Return a client of the server that --address names."""
+    return Client(context.obj)
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn a value that no request can hold into an error of usage."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def to_dict(message: Message) -> dict[str, Any]:
+    """Return a message as JSON values; 64-bit integers are strings there."""
+    return MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+def print_json(document: Message | dict[str, Any], *, one_line: bool = False) -> None:
+    """Print one JSON document."""
+    values = document if isinstance(document, dict) else to_dict(document)
+    typer.echo(json.dumps(values, indent=None if one_line else 2, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows under a head; nothing is cut off when the output is not a terminal."""
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS).print(table)
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Print names and values, one pair a line."""
+    for name, value in facts:
+        typer.echo(f"{name + ':':<16} {value}")
+
+
+def size(count: float) -> str:
+    """Return bytes for a person."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < _KIB:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= _KIB
+    return f"{count:.2f} GiB"
+
+
+def enum_name(kind: EnumDescriptor, value: int, prefix: str) -> str:
+    """Return the name of an enum's value without prefix, also of one that is new to us."""
+    found = kind.values_by_number.get(value)
+    return found.name.removeprefix(prefix).lower() if found else str(value)
+
+
+def moment(time: Timestamp) -> str:
+    """Return a time in the local zone."""
+    if not time.seconds:
+        return ""
+    return time.ToDatetime(tzinfo=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")

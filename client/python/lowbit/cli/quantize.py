@@ -1,0 +1,103 @@
+"""Commands that make models smaller."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lowbit import schemes as scheme_names
+from lowbit.cli.common import (
+    AsJson,
+    Device,
+    DryRun,
+    RequestId,
+    Wait,
+    connect,
+    print_json,
+    print_table,
+    usage_errors,
+)
+from lowbit.cli.models import model_line
+from lowbit.cli.progress import follow_job
+from lowbit.v1.quantization_pb2 import (
+    Evaluation,
+    ListSchemesResponse,
+    SchemeAvailability,
+)
+
+
+def quantize(  # noqa: PLR0913 - options of one request
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="Name or alias of the source model.")],
+    target: Annotated[str, typer.Argument(help="Name of the new model.")],
+    *,
+    scheme: Annotated[str, typer.Option(help=f"One of {', '.join(scheme_names.NAMES)}.")],
+    compute_type: Annotated[
+        str | None, typer.Option(help="nf4, fp4: type of products: fp32, fp16 or bf16.")
+    ] = None,
+    double_quant: Annotated[
+        bool | None,
+        typer.Option(
+            "--double-quant/--no-double-quant", help="nf4, fp4: quantize block scales too."
+        ),
+    ] = None,
+    outlier_threshold: Annotated[
+        float | None, typer.Option(help="int8: larger activations stay in 16 bit.")
+    ] = None,
+    evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after.")] = True,
+    eval_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of held-out text to measure on.")
+    ] = None,
+    device: Device = "",
+    request_id: RequestId = "",
+    dry_run: DryRun = False,
+    wait: Wait = True,
+) -> None:
+    """Make a smaller copy of a model."""
+    with connect(context) as client:
+        with usage_errors():
+            job = client.quantize(
+                source,
+                target,
+                scheme_names.scheme(
+                    scheme,
+                    compute_type=compute_type,
+                    double_quant=double_quant,
+                    outlier_threshold=outlier_threshold,
+                ),
+                device=device,
+                evaluation=Evaluation(max_tokens=eval_tokens) if evaluate else None,
+                request_id=request_id,
+                validate_only=dry_run,
+            )
+        if dry_run:
+            typer.echo("all is well; nothing was started")
+        elif wait:
+            follow_job(client, job, f"quantize {target}")
+            typer.echo(model_line(client.get_model(target)))
+        else:
+            typer.echo(job.id)
+
+
+def schemes(context: typer.Context, *, as_json: AsJson = False) -> None:
+    """List the schemes and whether they can be used here."""
+    with connect(context) as client:
+        found = client.list_schemes()
+    if as_json:
+        print_json(ListSchemesResponse(schemes=found))
+        return
+    rows = [
+        (item.name, f"{item.bits_per_weight:g}", place.device, _can(place), item.description)
+        for item in found
+        for place in item.availability or [SchemeAvailability()]
+    ]
+    print_table(("NAME", "BITS", "DEVICE", "CAN", "DESCRIPTION"), rows)
+
+
+def _can(place: SchemeAvailability) -> str:
+    verbs = {"quantize": place.can_quantize, "serve": place.can_serve}
+    words = " and ".join(verb for verb, can in verbs.items() if can)
+    if place.reason:
+        return f"{words or 'neither'}: {place.reason}"
+    return words

@@ -1,0 +1,1 @@
+"""The client for threads. Its modules are generated from `lowbit.aio`."""

@@ -1,0 +1,44 @@
+"""What differs between threads and asyncio; aio/_grpc.py has the same names."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_Req = TypeVar("_Req")
+_Res = TypeVar("_Res")
+
+Channel: TypeAlias = grpc.Channel
+UnaryMethod: TypeAlias = "grpc.UnaryUnaryMultiCallable[_Req, _Res]"
+StreamMethod: TypeAlias = "grpc.UnaryStreamMultiCallable[_Req, _Res]"
+StreamCall: TypeAlias = "Iterator[_Res]"
+Read: TypeAlias = "Callable[[], _Res]"
+
+EOF: Any = object()
+"""What a read returns when the stream has ended well."""
+
+LocallyCancelled = grpc.FutureCancelledError
+"""Threads see a cancelled call as an RpcError; no read raises this."""
+
+sleep = time.sleep
+
+
+def open_channel(address: str, options: list[tuple[str, str | int]]) -> Channel:
+    """Open a channel; it connects with the first call."""
+    return grpc.insecure_channel(address, options)
+
+
+def reader(call: StreamCall[_Res]) -> Read[_Res]:
+    """Return what reads the next message of a call, or EOF."""
+    return partial(next, call, EOF)
+
+
+def task_is_cancelled() -> bool:
+    """Return False; a thread cannot be cancelled."""
+    return False

@@ -1,0 +1,273 @@
+"""The command against a fake server: what it prints, where, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import grpc
+import pytest
+
+from lowbit.v1 import model_pb2 as model
+from lowbit.v1 import quantization_pb2 as quantization
+from lowbit.v1 import runtime_pb2 as runtime
+from lowbit.v1.errors_pb2 import ERROR_REASON_DISK_FULL
+from lowbit.v1.job_pb2 import (
+    JOB_KIND_QUANTIZE,
+    JOB_PHASE_QUANTIZE,
+    JOB_STATE_FAILED,
+    JOB_STATE_QUEUED,
+    JOB_STATE_RUNNING,
+    JOB_STATE_SUCCEEDED,
+    CancelJobResponse,
+    GetJobResponse,
+    Job,
+    JobError,
+    JobProgress,
+    ListJobsResponse,
+    WatchJobResponse,
+)
+from tests.unit.client.fake import refuse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.unit.client.fake import FakeServer
+
+Run: TypeAlias = "Callable[..., tuple[int, str, str]]"
+
+MODEL = model.Model(
+    name="m",
+    scheme="nf4",
+    parameters=135_000_000,
+    context_tokens=8192,
+    disk_bytes=2**20,
+    quality=quantization.QualityReport(perplexity=17.79),
+    replicas=[model.Replica(worker="cpu/0", state=model.REPLICA_STATE_LIVE)],
+)
+JOB = Job(
+    id="j1",
+    kind=JOB_KIND_QUANTIZE,
+    state=JOB_STATE_RUNNING,
+    model="m",
+    progress=JobProgress(phase=JOB_PHASE_QUANTIZE, done=3, total=30),
+)
+
+
+def job_events(*jobs: Job) -> Callable[..., Iterator[WatchJobResponse]]:
+    return lambda *_: iter(
+        [WatchJobResponse(sequence=number, job=job) for number, job in enumerate(jobs, 1)]
+    )
+
+
+def test_an_error_is_one_line_with_its_reason(server: FakeServer, run: Run) -> None:
+    server.on["GetModel"] = lambda _, context: refuse(
+        context, grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", message="no model\nis named x"
+    )
+    assert run("models", "show", "x") == (
+        1,
+        "",
+        "lowbit: error: MODEL_NOT_FOUND: no model is named x\n",
+    )
+
+
+def test_no_server_is_one_line_too(run: Run) -> None:
+    code, out, err = run("info", address="127.0.0.1:1")
+    assert (code, out) == (1, "")
+    assert err.startswith("lowbit: error: UNAVAILABLE: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "Missing command"),
+        (["no-such"], "no-such"),
+        (["generate", "m"], "'prompt'"),
+        (["generate", "m", "p", "--top-k", "-1"], "-1"),
+        (["generate", "m", "p", "--temperature", "hot"], "'--temperature'"),
+        (["quantize", "a", "b", "--scheme", "int3"], "allowed are fp32"),
+        (["quantize", "a", "b", "--scheme", "int8", "--double-quant"], "no option double_quant"),
+        (["import", "m"], "exactly one"),
+        (["import", "m", "/x", "--type", "int8"], "unknown type"),
+        (["jobs", "--state", "asleep"], "allowed are queued"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_with_2(
+    server: FakeServer, run: Run, arguments: list[str], words: str
+) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.startswith("lowbit: error: ")
+    assert err.count("\n") == 1
+    assert server.seen == []
+
+
+READS: list[tuple[list[str], str, Any, str]] = [
+    (["models"], "ListModels", model.ListModelsResponse(models=[MODEL]), "17.79"),
+    (["models", "list"], "ListModels", model.ListModelsResponse(models=[MODEL]), "cpu/0 (live)"),
+    (["models", "show", "m"], "GetModel", model.GetModelResponse(model=MODEL), "1.0 MiB"),
+    (["models", "verify", "m"], "VerifyModel", model.VerifyModelResponse(files=2), "2 files"),
+    (["jobs"], "ListJobs", ListJobsResponse(jobs=[JOB]), "quantize 3/30"),
+    (["jobs", "list"], "ListJobs", ListJobsResponse(jobs=[JOB]), "running"),
+    (["jobs", "show", "j1"], "GetJob", GetJobResponse(job=JOB), "quantize 3/30"),
+    (
+        ["devices"],
+        "ListDevices",
+        runtime.ListDevicesResponse(
+            devices=[
+                runtime.Device(
+                    name="cpu",
+                    free_bytes=2**30,
+                    total_bytes=2**31,
+                    workers=[runtime.Worker(name="cpu/0", state=runtime.WORKER_STATE_READY)],
+                )
+            ]
+        ),
+        "1.00 GiB of 2.00 GiB",
+    ),
+    (
+        ["info"],
+        "GetServerInfo",
+        runtime.GetServerInfoResponse(version="9.9", draining=True),
+        "draining",
+    ),
+    (
+        ["schemes"],
+        "ListSchemes",
+        quantization.ListSchemesResponse(
+            schemes=[
+                quantization.SchemeInfo(
+                    name="nf4",
+                    bits_per_weight=4.5,
+                    availability=[
+                        quantization.SchemeAvailability(
+                            device="cpu", can_serve=True, reason="install bitsandbytes"
+                        )
+                    ],
+                )
+            ]
+        ),
+        "serve: install bitsandbytes",
+    ),
+]
+
+
+@pytest.mark.parametrize("read", READS, ids=lambda read: " ".join(read[0]))
+def test_reading_prints_text_or_one_json_document(
+    server: FakeServer, run: Run, read: tuple[list[str], str, Any, str]
+) -> None:
+    arguments, method, answer, words = read
+    server.on[method] = lambda *_: answer
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    assert words in out
+    code, out, err = run(*arguments, "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    names = {field.name for field in answer.DESCRIPTOR.fields}
+    if names in ({"model"}, {"job"}):
+        names = {field.name for field in answer.DESCRIPTOR.fields[0].message_type.fields}
+    assert set(document) <= names
+    assert document
+
+
+def test_json_keeps_the_schemas_names(server: FakeServer, run: Run) -> None:
+    server.on["ListModels"] = lambda *_: model.ListModelsResponse(models=[MODEL])
+    _, out, _ = run("models", "--json")
+    (found,) = json.loads(out)["models"]
+    assert found["disk_bytes"] == "1048576"
+    assert found["aliases"] == []
+    assert found["quality"]["perplexity"] == 17.79
+
+
+def test_quantize_waits_and_says_what_it_made(server: FakeServer, run: Run) -> None:
+    server.on["Quantize"] = lambda *_: quantization.QuantizeResponse(job=JOB)
+    server.on["WatchJob"] = job_events(
+        Job(id="j1", state=JOB_STATE_QUEUED, queue_position=2),
+        JOB,
+        Job(id="j1", state=JOB_STATE_SUCCEEDED),
+    )
+    server.on["GetModel"] = lambda *_: model.GetModelResponse(model=MODEL)
+    code, out, err = run(
+        *("quantize", "a", "m", "--scheme", "nf4", "--compute-type", "fp32", "--eval-tokens", "64"),
+        *("--no-double-quant", "--device", "cpu", "--request-id", "r"),
+    )
+    assert (code, out) == (0, "m: nf4, 1.0 MiB, perplexity 17.79\n")
+    assert "quantize m" in err
+    (request,) = server.requests("Quantize")
+    assert request.scheme.bnb_4bit.compute_type == quantization.FLOAT_TYPE_FP32
+    assert request.scheme.bnb_4bit.double_quant is False
+    assert request.evaluation.max_tokens == 64
+    assert (request.device, request.request_id) == ("cpu", "r")
+
+
+def test_no_wait_prints_the_job_and_no_evaluate_measures_nothing(
+    server: FakeServer, run: Run
+) -> None:
+    server.on["Quantize"] = lambda *_: quantization.QuantizeResponse(job=JOB)
+    assert run("quantize", "a", "m", "--scheme", "int8", "--no-wait", "--no-evaluate") == (
+        0,
+        "j1\n",
+        "",
+    )
+    assert not server.requests("Quantize")[0].HasField("evaluation")
+
+
+def test_a_dry_run_starts_nothing(server: FakeServer, run: Run) -> None:
+    server.on["Quantize"] = lambda *_: quantization.QuantizeResponse(job=Job())
+    code, out, _ = run("quantize", "a", "m", "--scheme", "int8", "--dry-run")
+    assert (code, out) == (0, "all is well; nothing was started\n")
+    assert server.requests("Quantize")[0].validate_only
+
+
+def test_a_job_that_fails_is_an_error(
+    server: FakeServer, run: Run, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = Job(
+        id="j1",
+        state=JOB_STATE_FAILED,
+        error=JobError(reason=ERROR_REASON_DISK_FULL, message="no space"),
+    )
+    server.on["ImportModel"] = lambda *_: model.ImportModelResponse(job=JOB)
+    server.on["WatchJob"] = job_events(JOB, failed)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("import", "m", "folder", "--type", "bf16")
+    assert (code, out) == (1, "")
+    assert err.endswith("lowbit: error: DISK_FULL: job j1 failed: no space\n")
+    assert server.requests("ImportModel")[0].source.path == str(tmp_path / "folder")
+
+
+def test_watching_a_job_prints_a_line_per_event(server: FakeServer, run: Run) -> None:
+    server.on["WatchJob"] = job_events(JOB, Job(id="j1", state=JOB_STATE_SUCCEEDED))
+    code, out, _ = run("jobs", "watch", "j1", "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [line["job"]["state"] for line in lines] == ["JOB_STATE_RUNNING", "JOB_STATE_SUCCEEDED"]
+
+
+def test_changes_say_what_they_did(server: FakeServer, run: Run) -> None:
+    server.on["Load"] = lambda *_: iter(
+        [model.LoadResponse(worker="cpu/0", phase=model.LOAD_PHASE_LIVE, live_bytes=2048)]
+    )
+    server.on["Unload"] = lambda *_: model.UnloadResponse(replicas=1, freed_bytes=2048)
+    server.on["DeleteModel"] = lambda *_: model.DeleteModelResponse()
+    server.on["SetAlias"] = lambda *_: model.SetAliasResponse()
+    server.on["CancelJob"] = lambda *_: CancelJobResponse(job=JOB)
+    assert run("load", "m", "--replicas", "1")[:2] == (0, "m: 2.0 KiB live on cpu/0\n")
+    assert run("unload", "m", "--force")[1] == "m: 1 unloaded, 2.0 KiB freed\n"
+    assert run("models", "delete", "m")[1] == "m: deleted\n"
+    assert run("models", "alias", "best", "m")[1] == "best -> m\n"
+    assert run("models", "alias", "best")[1] == "best: removed\n"
+    assert run("jobs", "cancel", "j1")[1] == "j1: running\n"
+
+
+def test_help_names_every_command(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for name in (
+        *("import", "quantize", "load", "unload", "generate", "models", "jobs"),
+        *("devices", "info", "schemes", "demo"),
+    ):
+        assert f" {name} " in out

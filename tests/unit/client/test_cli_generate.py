@@ -1,0 +1,74 @@
+"""`lowbit generate`: text as it is made, one document, interruption."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, TypeAlias
+
+import grpc
+
+from lowbit.v1.generation_pb2 import Delta, GenerateResponse
+from tests.unit.client.fake import Endless, events, refuse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.unit.client.fake import FakeServer
+
+Run: TypeAlias = "Callable[..., tuple[int, str, str]]"
+
+
+def test_text_is_printed_as_it_is_made(server: FakeServer, run: Run) -> None:
+    server.on["Generate"] = lambda *_: events(" Par", "is.")
+    assert run("generate", "m", "The capital is", "--max-tokens", "8", "--temperature", "0") == (
+        0,
+        " Paris.\n",
+        "",
+    )
+    (request,) = server.requests("Generate")
+    assert request.text == "The capital is"
+    assert request.stopping.max_tokens == 8
+    assert request.sampling.HasField("temperature")
+
+
+def test_generate_prints_one_document_with_json(server: FakeServer, run: Run) -> None:
+    server.on["Generate"] = lambda *_: events("Par", "is")
+    code, out, _ = run("generate", "m", "p", "--json", "--system", "be brief", "--stop", "x")
+    document = json.loads(out)
+    assert code == 0
+    assert document["text"] == "Paris"
+    assert document["finish_reason"] == "EOS"
+    assert document["usage"] == {"prompt_tokens": 3, "cached_tokens": 0, "output_tokens": 2}
+    assert document["timings"]["decode"] == "2s"
+    (request,) = server.requests("Generate")
+    assert [item.content for item in request.chat.messages] == ["be brief", "p"]
+    assert list(request.stopping.strings) == ["x"]
+
+
+def test_a_failure_midway_leaves_the_text_and_ends_the_line(server: FakeServer, run: Run) -> None:
+    def generate(_: object, context: grpc.ServicerContext) -> Iterator[GenerateResponse]:
+        yield GenerateResponse(delta=Delta(text="par"))
+        refuse(context, grpc.StatusCode.INTERNAL, "WORKER_LOST", message="worker died")
+
+    server.on["Generate"] = generate
+    assert run("generate", "m", "p") == (
+        1,
+        "par\n",
+        "lowbit: error: WORKER_LOST: worker died\n",
+    )
+
+
+def test_control_c_cancels_and_exits_with_130(server: FakeServer) -> None:
+    server.on["Generate"] = endless = Endless()
+    code = "from lowbit.cli import main; main()"
+    command = [sys.executable, "-c", code, "--address", server.address, "generate", "m", "p"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(5) == b"first"
+        process.send_signal(signal.SIGINT)
+        assert endless.was_cancelled()
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, b"\n", b"")
