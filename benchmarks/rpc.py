@@ -2,22 +2,24 @@
 
     python benchmarks/rpc.py [--json FILE]
 
-The scripted engine makes a token every 5 ms for each of its streams. The same load
-runs over a worker's private stream (no front) and through the whole service with the
-Python SDK, in one run, warm, medians of several rounds.
+The scripted engine makes a token every 5 ms for each of its streams. The same loads
+run over a worker's private stream (no front) and through the whole service with the
+Python SDK, in one run, warm, medians of several rounds. "steady" keeps the streams busy
+with starts spread over time, "burst" starts all of them in the same moment.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import tempfile
 import time
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +31,7 @@ from lowbit_server.pool.link import Link
 from lowbit_server.testing import ServerProcess, byte_tokenizer, scripted_model
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
 STEP_MS = 5.0
 TOKENS = 200
@@ -38,8 +40,10 @@ ROUNDS = 5
 PROMPT = "measure"
 PROMPT_IDS = byte_tokenizer().encode(PROMPT).ids
 
-Times = tuple[float, float]
-"""Time to first token and time per later token of one stream, ms."""
+Times: TypeAlias = tuple[float, float]
+"""Time to first token and time per later token of one request, ms."""
+Figures: TypeAlias = dict[tuple[str, int], Times]
+"""The medians of each load and number of streams."""
 
 
 def times(began: float, arrivals: list[float]) -> Times:
@@ -48,17 +52,20 @@ def times(began: float, arrivals: list[float]) -> Times:
     return (arrivals[0] - began) * 1e3, per_token * 1e3
 
 
-async def through_sdk(client: AsyncClient, streams: int) -> list[Times]:
-    """Run `streams` requests at once through the service."""
+class Sdk:
+    """A client of the whole service."""
 
-    async def one() -> Times:
+    def __init__(self, client: AsyncClient) -> None:
+        """Use `client`."""
+        self._client = client
+
+    async def run(self) -> Times:
+        """Run one request."""
         began = time.perf_counter()
-        stream = client.generate(
+        stream = self._client.generate(
             "scripted", PROMPT, max_tokens=TOKENS, temperature=0, ignore_eos=True
         )
         return times(began, [time.perf_counter() async for _ in stream])
-
-    return await asyncio.gather(*(one() for _ in range(streams)))
 
 
 class PrivateStream:
@@ -67,10 +74,9 @@ class PrivateStream:
     def __init__(self, link: Link) -> None:
         """Talk over `link`."""
         self._link = link
+        self._numbers = itertools.count(1)
         self._arrivals: dict[int, list[float]] = {}
-        self._ended = asyncio.Condition()
-        self._open = 0
-        self._next = 1
+        self._ends: dict[int, asyncio.Event] = {}
         self.ready = asyncio.Event()
 
     async def read(self) -> None:
@@ -82,39 +88,56 @@ class PrivateStream:
                 for output in event.step.outputs:
                     self._arrivals[output.request] += [time.perf_counter()] * len(output.token_ids)
                     if output.finish:
-                        async with self._ended:
-                            self._open -= 1
-                            self._ended.notify_all()
+                        self._ends[output.request].set()
 
-    async def run(self, streams: int) -> list[Times]:
-        """Run `streams` requests at once in the worker."""
-        requests = range(self._next, self._next + streams)
-        self._next += streams
-        self._open = streams
+    async def run(self) -> Times:
+        """Run one request."""
+        request = next(self._numbers)
+        self._arrivals[request], self._ends[request] = [], asyncio.Event()
         began = time.perf_counter()
-        for request in requests:
-            self._arrivals[request] = []
-            submit = wire.Submit(
-                request=request, model="scripted", prompt=PROMPT_IDS, max_tokens=TOKENS, top_p=1
-            )
-            self._link.send(wire.AttachRequest(submit=submit))
-        async with self._ended:
-            await self._ended.wait_for(lambda: not self._open)
-        return [times(began, self._arrivals.pop(request)) for request in requests]
+        submit = wire.Submit(
+            request=request, model="scripted", prompt=PROMPT_IDS, max_tokens=TOKENS, top_p=1
+        )
+        self._link.send(wire.AttachRequest(submit=submit))
+        await self._ends.pop(request).wait()
+        return times(began, self._arrivals.pop(request))
 
 
-async def measure(run: Callable[[int], Awaitable[list[Times]]]) -> dict[int, Times]:
-    """Return the median times for each number of streams, after one warm-up round."""
-    medians = {}
-    for streams in STREAMS:
-        await run(streams)
-        rounds = [await run(streams) for _ in range(ROUNDS)]
-        firsts, laters = zip(*(one for each in rounds for one in each), strict=True)
-        medians[streams] = statistics.median(firsts), statistics.median(laters)
-    return medians
+async def steady(run: Callable[[], Awaitable[Times]], streams: int) -> Times:
+    """Keep `streams` requests running whose starts are spread over time; return medians.
+
+    The first request of each stream is the warm-up.
+    """
+
+    async def one(index: int) -> list[Times]:
+        await asyncio.sleep(index / streams * TOKENS * STEP_MS / 1e3)
+        return [await run() for _ in range(1 + ROUNDS)][1:]
+
+    return medians(await asyncio.gather(*(one(index) for index in range(streams))))
 
 
-async def measure_worker(folder: Path, home: Path) -> dict[int, Times]:
+async def burst(run: Callable[[], Awaitable[Times]], streams: int) -> Times:
+    """Start `streams` requests in the same moment, round after round; return medians."""
+    rounds = [await asyncio.gather(*(run() for _ in range(streams))) for _ in range(1 + ROUNDS)]
+    return medians(rounds[1:])
+
+
+def medians(rounds: Iterable[Iterable[Times]]) -> Times:
+    """Return the median times over all requests of all rounds."""
+    firsts, laters = zip(*(one for each in rounds for one in each), strict=True)
+    return statistics.median(firsts), statistics.median(laters)
+
+
+async def measure(run: Callable[[], Awaitable[Times]]) -> Figures:
+    """Measure every load."""
+    return {
+        (load.__name__, streams): await load(run, streams)
+        for load in (steady, burst)
+        for streams in STREAMS
+    }
+
+
+async def measure_worker(folder: Path, home: Path) -> Figures:
     """Measure a worker alone."""
     launcher = LocalLauncher(home / "run", threads=1, max_running=64, kv_cache_bytes=1 << 20)
     process = await launcher.launch("cpu/0", "cpu")
@@ -133,11 +156,11 @@ async def measure_worker(folder: Path, home: Path) -> dict[int, Times]:
         await link.close()
 
 
-async def measure_service(address: str) -> dict[int, Times]:
+async def measure_service(address: str) -> Figures:
     """Measure the whole service."""
     async with AsyncClient(address) as client:
         await client.load("scripted").wait()
-        return await measure(lambda streams: through_sdk(client, streams))
+        return await measure(Sdk(client).run)
 
 
 async def bring_in(address: str, source: Path) -> None:
@@ -159,14 +182,15 @@ def main() -> None:
             asyncio.run(bring_in(server.address, source))
             service = asyncio.run(measure_service(server.address))
         worker = asyncio.run(measure_worker(home / "models" / "scripted", Path(folder)))
-    table = Table("streams", "worker ttft", "service ttft", "added", "worker/token", title="ms")
-    for title in ("service/token", "added", "added to 5 ms"):
+    table = Table("load", "streams", "ttft worker", "service", "added", title="milliseconds")
+    for title in ("per token worker", "service", "added"):
         table.add_column(title)
     figures = []
-    for streams in STREAMS:
-        (alone_first, alone), (first, later) = worker[streams], service[streams]
+    for (load, streams), (first, later) in service.items():
+        alone_first, alone = worker[load, streams]
         figures.append(
             {
+                "load": load,
                 "streams": streams,
                 "worker_ttft_ms": alone_first,
                 "service_ttft_ms": first,
@@ -174,12 +198,11 @@ def main() -> None:
                 "worker_ms_per_token": alone,
                 "service_ms_per_token": later,
                 "added_per_token": later / alone - 1,
-                "added_per_token_to_script": later / STEP_MS - 1,
             }
         )
         row = [f"{alone_first:.2f}", f"{first:.2f}", f"{first - alone_first:+.2f}"]
         row += [f"{alone:.3f}", f"{later:.3f}", f"{later / alone - 1:+.2%}"]
-        table.add_row(str(streams), *row, f"{later / STEP_MS - 1:+.2%}")
+        table.add_row(load, str(streams), *row)
     Console().print(table)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -40,7 +40,11 @@ class Config(BaseSettings):
     """All that an operator can set."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
     home: Path = Path("~/.local/share/lowbit")

@@ -44,6 +44,22 @@ def choose(model: str, replicas: Sequence[Replica]) -> Replica:
     raise LowbitError(Reason.MODEL_NOT_LOADED, message, metadata={"model": model})
 
 
+class Admission:
+    """One place among the admitted requests; it ends once, whoever ends it first."""
+
+    def __init__(self, count: Callable[[int], None]) -> None:
+        """Take a place; `count` adds to the number of places taken."""
+        self._count = count
+        self._ended = False
+        count(1)
+
+    def end(self) -> None:
+        """Give the place back."""
+        if not self._ended:
+            self._ended = True
+            self._count(-1)
+
+
 class Scheduler:
     """Owns the admission count; everything else it asks of the pool."""
 
@@ -60,8 +76,8 @@ class Scheduler:
         self._left = Changed()
 
     @contextmanager
-    def admit(self, model: str) -> Iterator[None]:
-        """Hold an admission slot for a request to a model while the block runs.
+    def admit(self, model: str) -> Iterator[Admission]:
+        """Hold an admission for a request to a model while the block runs.
 
         Raises SHUTTING_DOWN, QUEUE_FULL, MODEL_LOADING or MODEL_NOT_LOADED at once:
         nothing waits for admission.
@@ -71,31 +87,38 @@ class Scheduler:
             message = f"{self.admitted} requests run or wait already"
             raise LowbitError(Reason.QUEUE_FULL, message, retry_after_s=RETRY_QUEUE_S)
         choose(model, self._pool.replicas(model))
-        self.admitted += 1
+        admission = Admission(self._count)
         try:
-            yield
+            yield admission
         finally:
-            self.admitted -= 1
-            self._left.notify()
+            admission.end()
 
     @contextmanager
-    def run(
-        self, submit: Submit, on_stall: Callable[[], object]
-    ) -> Iterator[tuple[Replica, RequestStream]]:
+    def run(self, admission: Admission, submit: Submit) -> Iterator[tuple[Replica, RequestStream]]:
         """Run an admitted request on the best replica while the block runs.
 
-        Leaving the block early cancels the request. Raises as `admit`, since the
-        replica may be gone by now.
+        Leaving the block early cancels the request. So does a reader that stalls: its
+        slot and its admission are free at once, although its call cannot end before
+        the client reads or goes away. Raises as `admit`, since the replica may be gone.
         """
         replica = choose(submit.model, self._pool.replicas(submit.model))
         worker = self._pool.worker(replica.worker)
         submit.request = next(self._numbers)
-        stream = RequestStream(self._buffer_tokens, on_stall)
+
+        def free() -> None:
+            worker.release(submit.request)
+            admission.end()
+
+        stream = RequestStream(self._buffer_tokens, on_stall=free)
         worker.submit(submit, stream)
         try:
             yield replica, stream
         finally:
             worker.release(submit.request)
+
+    def _count(self, change: int) -> None:
+        self.admitted += change
+        self._left.notify()
 
     async def wait_idle(self, timeout_s: float) -> None:
         """Return when no request is left, or after `timeout_s`."""

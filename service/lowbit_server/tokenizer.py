@@ -68,7 +68,7 @@ class ModelTokenizer:
             return environment.from_string(self._template).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._special
             )
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except Exception as error:  # foreign code raises what it likes
             raise invalid("chat", f"the model's chat template refuses it: {error}") from error
 
     def decoder(self) -> Detokenizer:

@@ -13,7 +13,7 @@ import pytest
 
 from lowbit import Client, ClientOptions, LowbitError
 from lowbit.failures import from_rpc
-from lowbit.v1 import generation_pb2, job_pb2
+from lowbit.v1 import generation_pb2, job_pb2, runtime_pb2
 from lowbit.v1.generation_pb2_grpc import GenerationServiceStub
 from lowbit.v1.job_pb2_grpc import JobServiceStub
 from lowbit.v1.model_pb2_grpc import ModelServiceStub
@@ -55,6 +55,15 @@ class Service:
         self.client.close()
         self.once.close()
         self.channel.close()
+
+    def ready(self) -> bool:
+        """Whether every worker takes requests."""
+        devices = self.client.devices()
+        return all(
+            worker.state == runtime_pb2.WORKER_STATE_READY
+            for device in devices
+            for worker in device.workers
+        )
 
     def import_scripted(self, name: str, *, context_tokens: int = 4096, **script: Any) -> str:
         """Bring a scripted model into the store and return its name."""
@@ -100,7 +109,7 @@ class Service:
 
     def freeze_job(self, job_id: str) -> job_pb2.Job:
         """Stop the process of a job as soon as there is one, so that the job stays RUNNING."""
-        until(lambda: self.job_processes())
+        until(self.job_processes)
         for process in self.job_processes():
             process.suspend()
         job = self.client.get_job(job_id)
@@ -225,5 +234,6 @@ def service(
     environment = {"LOWBIT_IMPORT_ROOTS": str(sources)} | environment
     with ServerProcess(folder / "home", *flags, environment=environment) as server:
         service = Service(server, sources)
+        until(service.ready)
         yield service
         service.close()

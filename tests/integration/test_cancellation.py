@@ -7,10 +7,12 @@ import random
 import time
 from typing import TYPE_CHECKING
 
+import grpc
 import psutil
 import pytest
 
-from lowbit import AsyncClient, ClientStalledError, DeadlineExceededError
+from lowbit import AsyncClient, DeadlineExceededError
+from lowbit.v1 import generation_pb2, generation_pb2_grpc
 from lowbit_server.config import Config
 from lowbit_server.server import Server
 from lowbit_server.testing import scripted_model
@@ -122,13 +124,21 @@ async def test_a_cancelled_stream_frees_its_slot_within_one_step(
 
 async def test_a_stalled_reader_is_failed_and_blocks_nobody(server: tuple[Server, str]) -> None:
     server_, address = server
-    async with AsyncClient(address) as client, AsyncClient(address) as other:
-        stalled = client.generate("flood", "x", max_tokens=900_000, timeout=60)
-        await anext(stalled)  # and then nothing more is read
-        healthy = await other.generate("slow", "ab", max_tokens=50).text()
-        assert healthy == "ab" * 25
+    # Without probing, the client's window stays at 64 KiB and is soon full.
+    channel = grpc.aio.insecure_channel(address, options=[("grpc.http2.bdp_probe", 0)])
+    request = generation_pb2.GenerateRequest(
+        model="flood", text="x", stopping=generation_pb2.Stopping(max_tokens=900_000)
+    )
+    async with channel, AsyncClient(address) as other:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        stalled = stub.Generate(request, timeout=60)
+        assert (await stalled.read()).WhichOneof("event") == "started"
+        # And then nothing more is read.
+        assert await other.generate("slow", "ab", max_tokens=50).text() == "ab" * 25
         await until(lambda: not slots(server_))
-        with pytest.raises(ClientStalledError):
-            async for _ in stalled:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            while await stalled.read() is not grpc.aio.EOF:
                 pass
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "tokens unread" in (caught.value.details() or "")
         await until(lambda: not server_._scheduler.admitted)

@@ -20,9 +20,10 @@ from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.records import ENDED, Job, JobState, JobStore, now
 from lowbit_server.jobs.spec import JOB_REPORT, Failed, ImportSpec, JobSpec, Progress, QuantizeSpec
 from lowbit_server.signals import Changed
+from lowbit_server.store.sealing import disk_full_is_named
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
     from lowbit_server.config import Config
@@ -109,7 +110,13 @@ class JobManager:
             if len(self._queue) >= self._config.max_queued_jobs:
                 message = f"{len(self._queue)} jobs wait already"
                 raise LowbitError(Reason.QUEUE_FULL, message, retry_after_s=30)
-            job = Job(id=uuid4().hex, spec=spec, request_id=request_id, create_time=now())
+            job = Job(
+                id=uuid4().hex,
+                spec=spec,
+                request_id=request_id,
+                queue_position=len(self._queue) + 1,
+                create_time=now(),
+            )
             if validate_only:
                 return job.model_copy(update={"id": ""})
             await self._records.create(job)
@@ -119,7 +126,7 @@ class JobManager:
         self._pump()
         return job
 
-    async def watch(self, job_id: str, after: int) -> AsyncIterator[Job]:
+    async def watch(self, job_id: str, after: int) -> AsyncGenerator[Job]:
         """Yield the job as it was at each event after `after`; end with the job.
 
         Every watcher reads the same stored events, so all see the same sequence.
@@ -141,10 +148,10 @@ class JobManager:
     async def cancel(self, job_id: str) -> Job:
         """Ask a job to stop; an ended job stays as it is."""
         job = await self.get(job_id)
-        if job.state is JobState.QUEUED:
+        if job_id in self._queue:
             self._queue.remove(job_id)
             return await self._end(job, JobState.CANCELLED)
-        if job.state is JobState.RUNNING:
+        if job.state in {JobState.QUEUED, JobState.RUNNING}:
             job = await self._change(job, state=JobState.CANCELLING)
             if process := self._processes.get(job_id):
                 _kill(process)
@@ -163,8 +170,12 @@ class JobManager:
     async def _run(self, job_id: str) -> None:
         error: Failed | None
         try:
-            await self._change(self._active[job_id], state=JobState.RUNNING, start_time=now())
-            error = await self._work(job_id)
+            job = self._active[job_id]
+            if job.state is JobState.QUEUED:
+                await self._change(job, state=JobState.RUNNING, queue_position=0, start_time=now())
+                error = await self._work(job_id)
+            else:  # it was cancelled between its turn and this task's first step
+                error = _cancelled()
         except asyncio.CancelledError:
             error = _restarted()
         except LowbitError as failure:
@@ -188,7 +199,8 @@ class JobManager:
         folder = self._config.home / "jobs"
         folder.mkdir(mode=0o700, exist_ok=True)
         spec = folder / f"{job.id}.json"
-        spec.write_text(job.spec.model_dump_json())
+        with disk_full_is_named(folder):
+            spec.write_text(job.spec.model_dump_json())
         process = await asyncio.create_subprocess_exec(
             *self._command(spec, job.id),
             stdin=asyncio.subprocess.PIPE,  # its end tells the process that we are gone
@@ -240,7 +252,7 @@ class JobManager:
         return command
 
     async def _end(self, job: Job, state: JobState, error: Failed | None = None) -> Job:
-        job = await self._change(job, state=state, error=error, end_time=now())
+        job = await self._change(job, state=state, error=error, queue_position=0, end_time=now())
         del self._active[job.id]
         log.info(
             "job ended",

@@ -44,6 +44,8 @@ class Job(BaseModel):
     progress: Progress | None = None
     error: Failed | None = None
     request_id: str = ""
+    queue_position: int = 0
+    """Place in the queue, from 1, when it was queued; 0 once it runs."""
     create_time: datetime
     start_time: datetime | None = None
     end_time: datetime | None = None

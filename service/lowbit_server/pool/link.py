@@ -10,7 +10,7 @@ import grpc
 from lowbit.worker.v1.worker_pb2_grpc import WorkerServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from lowbit.worker.v1.worker_pb2 import AttachRequest, AttachResponse
 
@@ -43,7 +43,7 @@ class Link:
         """Queue a command; commands reach the worker in order."""
         self._outbox.put_nowait(command)
 
-    async def events(self) -> AsyncIterator[AttachResponse]:
+    async def events(self) -> AsyncGenerator[AttachResponse]:
         """Attach, write what `send` queues, and yield events until the stream breaks."""
         call = WorkerServiceStub(self._channel).Attach()
 

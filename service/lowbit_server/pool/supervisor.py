@@ -63,20 +63,17 @@ class Supervisor:
         try:
             async with aclosing(link.events()) as events:
                 await self._attach(link, events, process, died)
-                tasks = [
-                    died,
-                    asyncio.create_task(self._read(events)),
-                    asyncio.create_task(self._watch()),
-                ]
+                read = asyncio.create_task(self._read(events))
+                watch = asyncio.create_task(self._watch())
                 try:
-                    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                    return _why(*tasks)
+                    await asyncio.wait({died, read, watch}, return_when=asyncio.FIRST_COMPLETED)
+                    return _why(died, read, watch)
                 finally:
                     # First of all tell those who wait for tokens: cleaning up may take time.
                     self._worker.detach()
-                    for task in tasks[1:]:
-                        task.cancel()
-                    await asyncio.gather(*tasks[1:], return_exceptions=True)
+                    read.cancel()
+                    watch.cancel()
+                    await asyncio.gather(read, watch, return_exceptions=True)
         finally:
             process.kill()
             await died

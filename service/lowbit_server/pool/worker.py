@@ -96,6 +96,8 @@ class Worker:
 
     def unload(self, model: str) -> None:
         """Take a model off or stop its load; its replica becomes GONE."""
+        if self._link is None and (replica := self.replicas.get(model)):
+            self._gone(replica, None)  # a lost worker has nothing to take off
         self._send(wire.AttachRequest(unload=wire.Unload(model=model)))
 
     def ping(self) -> None:
@@ -103,16 +105,17 @@ class Worker:
         self._send(wire.AttachRequest(ping=wire.Ping()))
 
     def attach(self, link: Link, pid: int, ready: wire.Ready) -> None:
-        """Take a process that is up; load again what was live on the last one."""
+        """Take a process that is up; load again what was live on the last one.
+
+        The worker is READY with its first pong: only then its free memory is known.
+        """
         self._link = link
         self.pid = pid
         self.description = ready.description
         self.last_sign_of_life = time.monotonic()
-        self.state = WorkerState.READY
         for replica in self.replicas.values():
             self._send_load(replica)
         self.ping()
-        self._changed.notify()
 
     def detach(self) -> None:
         """Take note that the process is lost: end its requests, keep what shall be reloaded."""
@@ -165,6 +168,9 @@ class Worker:
         self.last_sign_of_life = time.monotonic()
         self.resident_bytes = pong.resident_bytes
         self.total_bytes, self.free_bytes = pong.total_bytes, pong.free_bytes
+        if self.state is not WorkerState.READY:
+            self.state = WorkerState.READY
+            self._changed.notify()
         for use in pong.kv:
             if replica := self.replicas.get(use.model):
                 replica.kv_bytes = use.kv_bytes

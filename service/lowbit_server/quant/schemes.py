@@ -110,12 +110,6 @@ class ScriptedScheme(_Options):
 
 
 Scheme: TypeAlias = Annotated[
-    FloatScheme
-    | Int8Scheme
-    | Bnb4BitScheme
-    | GptqScheme
-    | AwqScheme
-    | RtnScheme
-    | ScriptedScheme,
+    FloatScheme | Int8Scheme | Bnb4BitScheme | GptqScheme | AwqScheme | RtnScheme | ScriptedScheme,
     Field(discriminator="kind"),
 ]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lowbit_server.quant.schemes import FloatType, Scheme
     from lowbit_server.store.manifest import Manifest, Quality
 
-_FLOATS: dict[int, FloatType] = {
+_FLOATS: dict[quantization_pb2.FloatType.ValueType, FloatType] = {
     quantization_pb2.FLOAT_TYPE_FP32: "fp32",
     quantization_pb2.FLOAT_TYPE_FP16: "fp16",
     quantization_pb2.FLOAT_TYPE_BF16: "bf16",
@@ -49,7 +49,7 @@ def not_implemented(what: str) -> LowbitError:
 # Schemes
 
 
-def float_type(value: int) -> FloatType | None:
+def float_type(value: quantization_pb2.FloatType.ValueType) -> FloatType | None:
     """Return the type's name; None when it is not set."""
     return _FLOATS.get(value)
 
@@ -264,7 +264,7 @@ def submit(
     sampling, stopping = request.sampling, request.stopping
 
     def given(message: object, field: str, default: float) -> float:
-        return getattr(message, field) if message.HasField(field) else default  # type: ignore[attr-defined,no-any-return]
+        return getattr(message, field) if message.HasField(field) else default  # type: ignore[attr-defined]
 
     room = manifest.context_tokens - len(prompt)
     return Submit(

@@ -47,29 +47,22 @@ class GenerationService(GenerationServiceServicer):
         self._tokenizers = tokenizers
         self._scheduler = scheduler
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         """Stream one request's output; leaving the method early cancels it."""
         arrived = time.monotonic()
         _refuse_unoffered(request)
         manifest = self._catalog.resolve(request.model)
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - a coroutine runs in a task
-        with self._scheduler.admit(manifest.name):
+        with self._scheduler.admit(manifest.name) as admission:
             tokenizer = await self._tokenizers.get(manifest, self._catalog.path(manifest))
             prompt = await self._prompt(request, manifest, tokenizer)
             submit = convert.submit(request, manifest, prompt)
             text = OutputText(
                 tokenizer.decoder(), request.stopping.strings, request.stopping.min_tokens
             )
-            with self._scheduler.run(submit, task.cancel) as (replica, stream):
+            with self._scheduler.run(admission, submit) as (replica, stream):
                 sender = _Sender(request, context, manifest, replica, len(prompt), arrived)
                 try:
                     await sender.send(stream, text)
-                except asyncio.CancelledError:
-                    if stream.stalled:  # not the client's doing: tell it why
-                        task.uncancel()
-                        await stream.take()
-                    raise
                 except LowbitError as error:
                     raise _with_usage(error, len(prompt), text.tokens) from error
                 finally:

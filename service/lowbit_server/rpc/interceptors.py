@@ -28,8 +28,14 @@ PUBLIC = "/lowbit.v1."
 DOMAIN = "lowbit"
 STATUS_DETAILS = "grpc-status-details-bin"
 
+# gRPC drops an answer whose trailers have more than 8 KiB, and with it the reason. Message
+# and details repeat what the client sent, so each part of them is bounded.
+MAX_MESSAGE_BYTES = 1000
+MAX_METADATA_BYTES = 256
+MAX_VIOLATIONS = 20
 
-class PublicInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+
+class PublicInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handlers of lowbit.v1; health and reflection pass through."""
 
     def __init__(self) -> None:
@@ -40,10 +46,10 @@ class PublicInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     async def intercept_service(
         self,
         continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
         ],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Return the wrapped handler of a public RPC."""
         method = handler_call_details.method
         if (wrapped := self._handlers.get(method)) is None:
@@ -90,14 +96,17 @@ class PublicInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         except asyncio.CancelledError:
             code = "CANCELLED"
             raise
+        except grpc.aio.BaseError as error:  # a write to a client that is gone
+            code = "CANCELLED"
+            raise asyncio.CancelledError from error
         except LowbitError as error:
             code, reason = error.code.name, error.reason
             await abort(context, error, request_id)
         except Exception:
             log.exception("rpc failed")
-            error = LowbitError(Reason.INTERNAL, "the server failed; see its log")
-            code, reason = error.code.name, error.reason
-            await abort(context, error, request_id)
+            failure = LowbitError(Reason.INTERNAL, "the server failed; see its log")
+            code, reason = failure.code.name, failure.reason
+            await abort(context, failure, request_id)
         finally:
             milliseconds = round((time.monotonic() - began) * 1000, 1)
             log.info("rpc", code=code, reason=reason, ms=milliseconds)
@@ -105,8 +114,10 @@ class PublicInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def _validate(self, request: Message) -> None:
         violations = self._validator.collect_violations(request)
         if violations:
-            found = [_violation(violation.proto) for violation in violations]
+            found = [_violation(violation.proto) for violation in violations[:MAX_VIOLATIONS]]
             message = "; ".join(f"{one.field}: {one.description}" for one in found)
+            if len(violations) > len(found):
+                message = f"{len(violations)} violations, the first of them: {message}"
             raise LowbitError(Reason.INVALID_FIELD, message, violations=found)
 
 
@@ -115,8 +126,12 @@ async def abort(context: Context, error: LowbitError, request_id: str) -> None:
     info = error_details_pb2.ErrorInfo(
         reason=error.reason,
         domain=DOMAIN,
-        metadata=error.metadata | {"request_id": request_id},
+        metadata={
+            key: _cut(value, MAX_METADATA_BYTES)
+            for key, value in (error.metadata | {"request_id": request_id}).items()
+        },
     )
+    message = _cut(error.message, MAX_MESSAGE_BYTES)
     details: list[Message] = [info]
     if error.violations:
         details.append(
@@ -133,13 +148,21 @@ async def abort(context: Context, error: LowbitError, request_id: str) -> None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    status = status_pb2.Status(code=error.code.value[0], message=message)
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
     trailer = ((STATUS_DETAILS, status.SerializeToString()),)
-    await context.abort(error.code, error.message, trailing_metadata=trailer)
+    await context.abort(error.code, message, trailing_metadata=trailer)
+
+
+def _cut(text: str, limit_bytes: int) -> str:
+    """Return text of at most so many bytes of UTF-8, whole characters only."""
+    data = text.encode(errors="replace")
+    if len(data) <= limit_bytes:
+        return text
+    return data[: limit_bytes - 3].decode(errors="ignore") + "..."
 
 
 def _violation(violation: Any) -> Violation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lowbit_server.rpc.context import Context
 
 PAGE_SIZE = 50
+_PAGE_TOKEN = re.compile(r"[0-9]{1,18}")  # SQLite's integers have 64 bits
 
 
 class JobService(JobServiceServicer):
@@ -33,9 +35,10 @@ class JobService(JobServiceServicer):
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
         """Return a page of jobs, newest first; the token is the last job's number."""
-        if request.page_token and not request.page_token.isascii() | request.page_token.isdigit():
+        if request.page_token and _PAGE_TOKEN.fullmatch(request.page_token) is None:
             raise invalid("page_token", "use next_page_token of the page before")
-        states = [JobState(_state(state)) for state in request.states if _state(state) in JobState]
+        known = set(JobState)  # PAUSED is of the API, but no job of this version is ever so
+        states = [state for state in known if state in map(_state, request.states)]
         if request.states and not states:
             return pb.ListJobsResponse()
         page, more = await self._records.page(
@@ -47,11 +50,11 @@ class JobService(JobServiceServicer):
             jobs=[self._message(job) for job in page], next_page_token=str(more) if more else ""
         )
 
-    async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> None:
+    async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> None:  # type: ignore[override]
         """Send past and coming events of a job until it has ended."""
         async with aclosing(self._jobs.watch(request.id, request.after_sequence)) as events:
             async for job in events:
-                message = self._message(job)
+                message = convert.job(job, job.queue_position)
                 await context.write(pb.WatchJobResponse(sequence=job.sequence, job=message))
 
     async def CancelJob(

@@ -41,7 +41,7 @@ class ModelService(ModelServiceServicer):
         self._jobs = jobs
         self._scheduler = scheduler
 
-    async def Load(self, request: pb.LoadRequest, context: Context) -> None:
+    async def Load(self, request: pb.LoadRequest, context: Context) -> None:  # type: ignore[override]
         """Begin or join a load and send its progress until every replica is live."""
         self._scheduler.check_open()
         manifest = self._catalog.resolve(request.model)
@@ -137,10 +137,13 @@ class ModelService(ModelServiceServicer):
         """Set, move or remove an alias."""
         if request.alias == request.model:
             raise invalid("alias", "an alias needs another name than its model")
+        if request.model and (job := self._jobs.uses(request.alias)):
+            message = f"job {job} makes a model named {request.alias!r}"
+            raise LowbitError(Reason.MODEL_EXISTS, message, metadata={"model": request.alias})
         await self._catalog.set_alias(request.alias, request.model)
         return pb.SetAliasResponse()
 
-    async def WatchModel(self, request: pb.WatchModelRequest, context: Context) -> None:
+    async def WatchModel(self, request: pb.WatchModelRequest, context: Context) -> None:  # type: ignore[override]
         """Send the model now and whenever it has changed, until it is deleted."""
         name = self._catalog.resolve(request.model).name
         sent: pb.Model | None = None

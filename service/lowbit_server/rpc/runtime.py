@@ -71,7 +71,7 @@ class RuntimeService(RuntimeServiceServicer):
         message.start_time.FromDatetime(self._start_time)
         return message
 
-    async def WatchRuntime(self, request: pb.WatchRuntimeRequest, context: Context) -> None:
+    async def WatchRuntime(self, request: pb.WatchRuntimeRequest, context: Context) -> None:  # type: ignore[override]
         """Send a snapshot now and then at each interval."""
         given = request.HasField("interval")
         interval_s = request.interval.ToMicroseconds() / 1e6 if given else INTERVAL_S

@@ -83,6 +83,7 @@ class Catalog:
 
     async def publish(self, job_id: str, name: str) -> Manifest:
         """Make the artefact that a job staged a model; raise MODEL_EXISTS."""
+        self.check_free("model", name)
         manifest = await asyncio.to_thread(self._artifacts.publish, job_id, name)
         await self._database.run(lambda connection: connection.execute(_row(manifest)))
         self._manifests[name] = manifest

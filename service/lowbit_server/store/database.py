@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import sqlalchemy as sa
+
+from lowbit_server.errors import LowbitError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,8 +75,14 @@ class Database:
         )
 
     def _transaction(self, query: Callable[[sa.Connection], T]) -> T:
-        with self._engine.begin() as connection:
-            return query(connection)
+        try:
+            with self._engine.begin() as connection:
+                return query(connection)
+        except sa.exc.OperationalError as error:
+            if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                message = "the disk of the database is full"
+                raise LowbitError(Reason.DISK_FULL, message) from error
+            raise
 
     def close(self) -> None:
         """Wait for running statements and close the file."""
