@@ -59,6 +59,6 @@ $(READY): requirements-uv.txt requirements.txt pyproject.toml client/python/pypr
 	@echo "Setting up .venv (once) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-uv.txt
-	@$(BIN)/uv pip install -q -p .venv --require-hashes --no-deps -r requirements.txt
+	@$(BIN)/uv pip install -q -p .venv --compile-bytecode --require-hashes --no-deps -r requirements.txt
 	@$(BIN)/uv pip install -q -p .venv --no-deps --no-build-isolation -e client/python -e .
 	@touch $@

@@ -75,7 +75,9 @@ def main() -> None:
             file.dependency.extend(kept)
         image.write_bytes(descriptors.SerializeToString())
         args.out.mkdir(parents=True, exist_ok=True)
-        out = [f"--{kind}_out={args.out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+        out = [
+            f"--{kind}_out={args.out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")
+        ]
         bin_ = Path(sys.executable).parent  # this environment's plugins, whatever PATH says
         plugins = [
             f"--plugin=protoc-gen-{kind}={bin_}/protoc-gen-{kind}" for kind in ("mypy", "mypy_grpc")

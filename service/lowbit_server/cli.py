@@ -36,7 +36,9 @@ def serve(  # noqa: PLR0913 - one parameter per flag
         "log_level": log_level,
     }
     try:
-        settings = load_config(config, {key: value for key, value in flags.items() if value})
+        # A repeatable flag that is not given is an empty list.
+        given = {key: value for key, value in flags.items() if value not in (None, [])}
+        settings = load_config(config, given)
     except ConfigError as error:
         typer.echo(f"lowbit-server: {error}", err=True)
         raise typer.Exit(2) from error

@@ -136,9 +136,13 @@ async def test_a_stalled_reader_is_failed_and_blocks_nobody(server: tuple[Server
         # And then nothing more is read.
         assert await other.generate("slow", "ab", max_tokens=50).text() == "ab" * 25
         await until(lambda: not slots(server_))
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
+
+        async def read_on() -> None:
             while await stalled.read() is not grpc.aio.EOF:
                 pass
+
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_on()
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "tokens unread" in (caught.value.details() or "")
         await until(lambda: not server_._scheduler.admitted)

@@ -24,10 +24,14 @@ class Int8Linear(nn.Module):
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, codes: Tensor, largest: Tensor, bias: Tensor | None, dtype: torch.dtype):
+    def __init__(
+        self, codes: Tensor, largest: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
         """Take bitsandbytes' codes and each row's largest magnitude, float32 (out)."""
         super().__init__()
-        self.register_buffer("codes", codes)
+        # A copy begins in line; in a mapped file of others codes may begin anywhere, and
+        # the packed kernel crashes on that.
+        self.register_buffer("codes", codes.clone())
         self.register_buffer("scales", (largest / LARGEST_CODE).to(dtype))
         self.register_buffer("bias", bias)
 

@@ -50,7 +50,7 @@ class ModelService(ModelServiceServicer):
             self._catalog.path(manifest),
             device=request.device,
             replicas=request.replicas if request.HasField("replicas") else 1,
-            needed_bytes=manifest.disk_bytes,
+            needed_bytes=_needed_bytes(manifest),
         )
         for replica in replicas:
             replica.loaders += 1
@@ -161,6 +161,11 @@ class ModelService(ModelServiceServicer):
             self._catalog.aliases_of(manifest.name),
             self._pool.replicas(manifest.name),
         )
+
+
+def _needed_bytes(manifest: Manifest) -> int:
+    """Estimate what a replica takes on its device; on a CPU fp16 is held as float32."""
+    return manifest.disk_bytes * (2 if manifest.scheme.name == "fp16" else 1)
 
 
 async def _follow(replicas: Sequence[Replica], context: Context) -> None:

@@ -1,0 +1,143 @@
+"""Chooses tokens from logits, for a batch of requests with their own settings."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from lowbit_server.engine.request import Running, Sampling
+
+# Nearly every nucleus lies within this many tokens; sorting a whole vocabulary is slow.
+NUCLEUS_TOKENS = 1024
+
+
+class RowSampler:
+    """What the choice of one request's tokens depends on beside its logits.
+
+    The random stream is its own and lives on the host, so that a seed gives the same
+    tokens in any batch and on any device.
+    """
+
+    def __init__(self, running: Running, vocab_size: int, device: torch.device) -> None:
+        """Start the request's random stream and remember its prompt."""
+        request = running.request
+        self.sampling = request.sampling
+        self._running = running
+        self._generator = torch.Generator().manual_seed(_signed(request.sampling.seed))
+        banned = sorted(request.eos_token_ids | request.stop_token_ids)
+        self._banned = torch.tensor(
+            [token for token in banned if token < vocab_size], dtype=torch.long, device=device
+        )
+        self._counts: Tensor | None = None
+        if request.sampling.has_penalties:
+            self._counts = torch.zeros(vocab_size, device=device)
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self._seen[torch.tensor(request.prompt, device=device)] = True
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether `adjust` has anything to do."""
+        return self._counts is not None or self._too_short
+
+    def adjust(self, logits: Tensor) -> None:
+        """Apply penalties and min_tokens to logits (vocabulary,) float32, in place.
+
+        Repetition: Keskar et al. 2019; presence and frequency as `generation.proto` says.
+        """
+        if self._counts is not None:
+            sampling, penalty = self.sampling, self.sampling.repetition_penalty
+            repeated = torch.where(logits > 0, logits / penalty, logits * penalty)
+            torch.where(self._seen, repeated, logits, out=logits)
+            logits -= sampling.frequency_penalty * self._counts
+            logits -= sampling.presence_penalty * (self._counts > 0)
+        if self._too_short:
+            logits[self._banned] = -math.inf
+
+    def draw(self) -> float:
+        """Return the stream's next number, uniform in [0, 1)."""
+        return torch.rand((), dtype=torch.float64, generator=self._generator).item()
+
+    def accept(self, token: int) -> None:
+        """Remember a token that was chosen."""
+        if self._counts is not None:
+            self._counts[token] += 1
+            self._seen[token] = True
+
+    @property
+    def _too_short(self) -> bool:
+        running = self._running
+        return len(running.tokens) < running.request.min_tokens and len(self._banned) > 0
+
+
+def sample(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
+    """Return one token a row from logits (rows, vocabulary) float32, which are changed."""
+    for row, sampler in enumerate(rows):
+        if sampler.adjusts:
+            sampler.adjust(logits[row])
+    tokens = logits.argmax(-1).tolist()
+    # Rows of equal settings share their kernels.
+    groups: dict[tuple[float, int, float, float], list[int]] = defaultdict(list)
+    for row, sampler in enumerate(rows):
+        chosen = sampler.sampling
+        if chosen.temperature > 0:
+            key = (chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
+            groups[key].append(row)
+    for members in groups.values():
+        first = rows[members[0]].sampling
+        draws = [rows[row].draw() for row in members]
+        for row, token in zip(members, _draw(logits[members], first, draws), strict=True):
+            tokens[row] = token
+    for sampler, token in zip(rows, tokens, strict=True):
+        sampler.accept(token)
+    return tokens
+
+
+def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Return what remains after temperature, top_k, top_p and min_p, in this order.
+
+    Takes logits (rows, vocabulary); returns weights (rows, k) float64, which need not add
+    up to 1, and the token ids (rows, k) they belong to, None for the whole vocabulary.
+    Nucleus: Holtzman et al. 2020; min_p: Nguyen et al. 2024.
+    """
+    # float64: a tiny temperature does not overflow, a long sum keeps its small terms.
+    scaled = logits.double() / sampling.temperature
+    values, ids = scaled, None
+    if 0 < sampling.top_k < scaled.shape[-1]:
+        values, ids = scaled.topk(sampling.top_k)
+        scaled = values
+    total = scaled.logsumexp(-1, keepdim=True)
+    if sampling.top_p < 1 and ids is None:
+        values, ids = scaled.topk(min(NUCLEUS_TOKENS, scaled.shape[-1]))
+        if bool(((values - total).exp().sum(-1) < sampling.top_p).any()):
+            values, ids = scaled.sort(descending=True)
+    weights = (values - total).exp()
+    kept = weights >= sampling.min_p * weights.amax(-1, keepdim=True)
+    if sampling.top_p < 1:
+        kept &= weights.cumsum(-1) - weights < sampling.top_p
+    return weights * kept, ids
+
+
+def _draw(logits: Tensor, sampling: Sampling, draws: Sequence[float]) -> list[int]:
+    """Invert the cumulative distribution of each row at its random number."""
+    weights, ids = candidates(logits, sampling)
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:]
+    uniform = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None]
+    # Rounding must not lift the point to the total, which no token reaches beyond.
+    point = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, point, right=True)
+    chosen = index if ids is None else ids.gather(-1, index)
+    return chosen[:, 0].tolist()
+
+
+def _signed(seed: int) -> int:
+    """Map an unsigned 64-bit seed onto what torch takes."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed

@@ -1,0 +1,26 @@
+"""What every job needs to know about where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lowbit_server.jobs.report import Reporter
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Folders and the way to report."""
+
+    staging: Path
+    """Folder that the job fills; it may not exist yet."""
+    models: Path
+    """Folder of the store that holds one folder per model; read only."""
+    roots: tuple[Path, ...]
+    """Folders that sources may be read from."""
+    scripted: bool
+    """Whether scripted test models may be imported."""
+    reporter: Reporter

@@ -1,0 +1,126 @@
+"""Quantizes a model of the store: streams it block by block into the staging folder."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+
+from lowbit_server.errors import LowbitError, Reason
+from lowbit_server.jobs.describing import write_config, write_quantized_manifest
+from lowbit_server.models.transformers import place
+from lowbit_server.quant import evaluation, registry
+from lowbit_server.quant.casting import FLOAT_TYPES, cast, type_name
+from lowbit_server.quant.layout import blocks, linear_layers
+from lowbit_server.quant.methods import method
+from lowbit_server.quant.schemes import FloatScheme
+from lowbit_server.quant.text import evaluation_text
+from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
+from lowbit_server.store.sealing import disk_full_is_named, seal_files
+from lowbit_server.store.sources import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    TOKENIZER_FILE,
+    read_json,
+    shards,
+)
+from lowbit_server.store.tensors import TensorReader, TensorWriter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from lowbit_server.jobs.context import Context
+    from lowbit_server.jobs.spec import EvaluationSpec, QuantizeSpec
+    from lowbit_server.quant.methods import Method
+    from lowbit_server.store.manifest import Quality
+
+# A 4-bit layer is stored as six tensors, weight and scales.
+_TENSORS_PER_LINEAR = 6
+
+
+def quantize_model(spec: QuantizeSpec, context: Context) -> None:
+    """Fill the staging folder with a copy of a model in another scheme and its manifest.
+
+    Raises LowbitError: MODEL_NOT_FOUND, SCHEME_UNAVAILABLE, INVALID_FIELD, DISK_FULL, ...
+    """
+    source = context.models / spec.source
+    parent = _manifest(source, spec.source)
+    registry.check(spec.scheme, parent, spec.device)
+    assert isinstance(parent.scheme, FloatScheme)  # noqa: S101  (just checked)
+    staging = context.staging
+    with disk_full_is_named(staging.parent):
+        staging.mkdir(mode=0o700)
+    chosen = method(spec.scheme, spec.device)
+    # What the result is stored in where it is not quantized.
+    kept = spec.scheme if isinstance(spec.scheme, FloatScheme) else parent.scheme
+    _stream(source, chosen, kept, context)
+    context.reporter.phase("save")
+    _describe_weights(source, staging, chosen, kept)
+    _copy_rest(source, staging, parent)
+    files = seal_files(staging)
+    quality = None
+    if spec.evaluation is not None:
+        quality = _evaluate(source, spec.evaluation, spec.device, context)
+    write_quantized_manifest(staging, spec, parent, files, quality)
+
+
+def _stream(source: Path, chosen: Method, kept: FloatScheme, context: Context) -> None:
+    with TensorReader(shards(source)) as reader:
+        context.reporter.phase("quantize")
+        linears = []
+        if chosen.quantization_config() is not None:
+            linears = linear_layers(source, reader.entries)
+        chosen.check(linears)
+        parts = blocks(reader.entries, linears)
+
+        def read(name: str) -> torch.Tensor:
+            return cast(name, reader.tensor(name), FLOAT_TYPES[kept.type])
+
+        expected = len(reader.entries) + _TENSORS_PER_LINEAR * len(linears)
+        context.reporter.phase("quantize", len(parts))
+        with TensorWriter(context.staging, expected) as writer:
+            for done, block in enumerate(parts, 1):
+                for name, tensor in chosen.convert(block, read):
+                    writer.write(name, tensor)
+                context.reporter.progress(done, writer.bytes)
+
+
+def _describe_weights(source: Path, staging: Path, chosen: Method, kept: FloatScheme) -> None:
+    config = read_json(source / CONFIG_FILE)
+    quantization = chosen.quantization_config()
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    write_config(staging, config, type_name(kept.type))
+
+
+def _copy_rest(source: Path, staging: Path, parent: Manifest) -> None:
+    with disk_full_is_named(staging):
+        for entry in parent.files:
+            if not entry.path.endswith(".safetensors") and entry.path not in {
+                CONFIG_FILE,
+                INDEX_FILE,
+            }:
+                shutil.copyfile(source / entry.path, staging / entry.path)
+
+
+def _evaluate(source: Path, spec: EvaluationSpec, device: str, context: Context) -> Quality:
+    tokenizer = Tokenizer.from_file(str(source / TOKENIZER_FILE))
+    windows = evaluation.cut(evaluation_text(spec), tokenizer, spec.max_tokens, spec.window_tokens)
+    context.reporter.phase("evaluate", len(windows.ids))
+    return evaluation.compare(
+        place(source, device),
+        place(context.staging, device),
+        windows,
+        context.reporter.progress,
+    )
+
+
+def _manifest(folder: Path, name: str) -> Manifest:
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        message = f"no model is named {name}"
+        raise LowbitError(Reason.MODEL_NOT_FOUND, message, metadata={"model": name}) from error

@@ -1,0 +1,175 @@
+"""Any decoder of the transformers library, run on the engine's KV cache."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from lowbit_server.models.decoder import Batch, LayerShape, ModelSpec
+from lowbit_server.models.int8 import use_int8_kernels
+from lowbit_server.models.rows import Rows, register_masks, row_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+# Rotary embeddings whose angles depend on the longest row of the batch: a request would
+# change its neighbours once it is longer than this. Below it the angles are constant.
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+# The check's prompt: long enough to tell right from wrong positions and masks.
+CHECK_TOKENS = 8
+# Of the logits' norm. On SmolLM2 kernels that round differently make 0.0001 in bf16 and
+# 0.08 with LLM.int8 on bitsandbytes, whose outlier columns depend on the batch; a wrong
+# mask makes 3.
+CHECK_TOLERANCE = 0.5
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot be run on rows of a KV cache."""
+
+
+def place(folder: Path, device: str) -> PreTrainedModel:
+    """Load a model's safetensors onto a device, in the checkpoint's own dtype.
+
+    On a CPU, fp16 becomes float32, since products in fp16 take several times as long as
+    those, and LLM.int8 gets kernels of its own (`models.int8`). Never
+    runs code from the folder and never asks the network. Raises OSError and ValueError for a
+    bad folder, torch.OutOfMemoryError or MemoryError without room.
+    """
+    register_masks()
+    transformers.utils.logging.disable_progress_bar()
+    local = {"local_files_only": True, "trust_remote_code": False}
+    config = transformers.AutoConfig.from_pretrained(folder, **local)
+    half = device == "cpu" and config.dtype == torch.float16
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32 if half else "auto",
+        device_map=device,
+        use_safetensors=True,
+        **local,
+    )
+    if device == "cpu" and getattr(model, "is_loaded_in_8bit", False):
+        use_int8_kernels(model, model.dtype)
+    model.eval()
+    return model
+
+
+class TransformersModel:
+    """A `DecoderModel` on transformers' modules; also the reference of faster ones."""
+
+    def __init__(self, model: PreTrainedModel, context_tokens: int) -> None:
+        """Learn the shape of the model's state from a first forward pass and check it.
+
+        Raises UnsupportedModelError for models with other state than keys and values,
+        and for those whose batched logits differ from their plain ones.
+        """
+        self._model = model
+        parameters = inspect.signature(model.forward).parameters
+        # The flag of models that take their masks and attention from the library.
+        shared = model._supports_attention_backend  # noqa: SLF001
+        if "position_ids" not in parameters or not shared:
+            raise _unsupported(model, "its positions or masks cannot be set for each row")
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        tokens = [1 + index % 7 for index in range(CHECK_TOKENS)]
+        expected, cache = self._plain(tokens)
+        self._windows, shapes, dtype = _learn_layers(model, cache)
+        config = model.config.get_text_config(decoder=True)
+        self.spec = ModelSpec(
+            layers=shapes,
+            dtype=dtype,
+            device=model.device,
+            context_tokens=min(context_tokens, _context_tokens(config)),
+            vocab_size=model.get_input_embeddings().num_embeddings,
+        )
+        self._check(tokens, expected)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits after each row's last token, (rows, vocabulary) float32."""
+        device = self.spec.device
+        rows = Rows(batch.starts, device)
+        tokens = torch.tensor(batch.tokens, device=device)
+        positions = rows.starts[:, None] + torch.arange(tokens.shape[1], device=device)
+        logits: Tensor = self._model(
+            input_ids=tokens,
+            position_ids=positions,
+            past_key_values=row_cache(batch, rows, self._windows),
+            use_cache=True,
+            **self._last_only,
+        ).logits
+        return logits[:, -1].float()
+
+    @torch.inference_mode()
+    def _plain(self, tokens: Sequence[int]) -> tuple[Tensor, DynamicCache]:
+        """Run a prompt as `generate` would; logits are (tokens, vocabulary) float32."""
+        cache = DynamicCache(config=self._model.config)
+        ids = torch.tensor([tokens], device=self._model.device)
+        logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        return logits[0].float(), cache
+
+    @torch.inference_mode()
+    def _check(self, tokens: Sequence[int], expected: Tensor) -> None:
+        """Run the prompt once more, in chunks and in rows of different lengths."""
+        last, half = len(tokens) - 1, len(tokens) // 2
+        spec, size = self.spec, (2, len(tokens))
+        keys = [_zeros(spec, size, one.heads, one.key_dim) for one in spec.layers]
+        values = [_zeros(spec, size, one.heads, one.value_dim) for one in spec.layers]
+
+        def run(ids: list[Sequence[int]], starts: list[int], first: int) -> Tensor:
+            rows = slice(first, first + len(ids))
+            views = [key[rows] for key in keys], [value[rows] for value in values]
+            return self.forward(Batch(ids, starts, *views))
+
+        try:
+            found = [run([tokens[:2]], [0], 1), run([tokens[:half]], [0], 0)]
+            found += [run([tokens[half:last]], [half], 0)]
+            found += [run([tokens[last:], tokens[2:3]], [last, 2], 0)]
+        except (TypeError, ValueError) as error:
+            raise _unsupported(self._model, f"it fails on a batch: {error}") from error
+        wanted = expected[[1, half - 1, last - 1, last, 2]]
+        deviation = (torch.cat(found) - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        if not bool((deviation <= CHECK_TOLERANCE).all()):
+            worst = deviation.max().item()
+            raise _unsupported(self._model, f"its logits in a batch are off by {worst:.2g}")
+
+
+def _zeros(spec: ModelSpec, size: tuple[int, int], heads: int, dim: int) -> Tensor:
+    shape = (size[0], heads, size[1], dim)
+    return torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+
+
+def _learn_layers(
+    model: PreTrainedModel, cache: DynamicCache
+) -> tuple[list[int | None], tuple[LayerShape, ...], torch.dtype]:
+    """Return each layer's sliding window and shape, and the dtype, from a filled cache."""
+    windows: list[int | None] = []
+    shapes = []
+    dtypes = set()
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
+            raise _unsupported(model, f"it keeps a {type(layer).__name__}")
+        windows.append(getattr(layer, "sliding_window", None))
+        _, heads, _, key_dim = layer.keys.shape
+        shapes.append(LayerShape(heads, key_dim, layer.values.shape[-1]))
+        dtypes |= {layer.keys.dtype, layer.values.dtype}
+    if len(dtypes) != 1:
+        raise _unsupported(model, "its layers keep keys and values in several dtypes")
+    return windows, tuple(shapes), dtypes.pop()
+
+
+def _context_tokens(config: transformers.PreTrainedConfig) -> int:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+        return int(rope["original_max_position_embeddings"])
+    return int(config.max_position_embeddings)
+
+
+def _unsupported(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{type(model).__name__} is not supported: {reason}")

@@ -1,0 +1,92 @@
+"""Describes the quantization of checkpoints that others made, from their config.json."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from lowbit_server.errors import LowbitError, Reason
+from lowbit_server.quant.schemes import AwqScheme, Bnb4BitScheme, GptqScheme, Int8Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lowbit_server.quant.schemes import Scheme
+    from lowbit_server.store.headers import TensorEntry
+
+_COMPUTE_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_PACKED_BITS = 32
+# What a quantized layer stores beside its weight; no parameters of the model.
+_COMPANIONS = (
+    ".SCB",
+    ".weight_format",
+    ".qzeros",
+    ".scales",
+    ".g_idx",
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".bitsandbytes__nf4",
+    ".bitsandbytes__fp4",
+)
+
+
+def foreign_scheme(config: Mapping[str, Any]) -> Scheme:
+    """Return the scheme that a `quantization_config` describes.
+
+    Raises LowbitError(SOURCE_UNSUPPORTED) for methods and options that no scheme has.
+    """
+    try:
+        match config:
+            case {"load_in_8bit": True}:
+                return Int8Scheme(outlier_threshold=config.get("llm_int8_threshold", 6.0))
+            case {"load_in_4bit": True}:
+                return Bnb4BitScheme(
+                    quant_type=config.get("bnb_4bit_quant_type", "fp4"),
+                    compute_type=_COMPUTE_TYPES.get(
+                        config.get("bnb_4bit_compute_dtype", "float32")
+                    ),
+                    double_quant=config.get("bnb_4bit_use_double_quant", False),
+                )
+            case {"quant_method": "gptq", "checkpoint_format": str(layout)} if layout != "gptq":
+                pass
+            case {"quant_method": "gptq"}:
+                return GptqScheme(
+                    bits=config["bits"],
+                    group_size=config["group_size"],
+                    desc_act=config.get("desc_act", False),
+                    sym=config.get("sym", True),
+                    damp=config.get("damp_percent") or 0.01,
+                )
+            case {"quant_method": "awq", "bits": 4} if config.get("version", "gemm") == "gemm":
+                return AwqScheme(
+                    group_size=config["group_size"], zero_point=config.get("zero_point", True)
+                )
+    except (KeyError, ValidationError, AttributeError, TypeError) as error:
+        raise _unsupported(config) from error
+    raise _unsupported(config)
+
+
+def stored_parameters(entries: Mapping[str, TensorEntry], scheme: Scheme) -> int:
+    """Return how many parameters the tensors of a quantized checkpoint stand for."""
+    total = 0
+    for name, entry in entries.items():
+        if name.endswith(_COMPANIONS):
+            continue
+        if name.endswith(".qweight") and isinstance(scheme, GptqScheme | AwqScheme):
+            bits = scheme.bits if isinstance(scheme, GptqScheme) else 4
+            total += entry.elements * _PACKED_BITS // bits
+        elif entry.dtype == "U8" and isinstance(scheme, Bnb4BitScheme):
+            total += entry.elements * 2
+        else:
+            total += entry.elements
+    return total
+
+
+def _unsupported(config: object) -> LowbitError:
+    return LowbitError(
+        Reason.SOURCE_UNSUPPORTED,
+        f"the source's quantization is none that can be served: {config!r}"[:500],
+    )

@@ -1,0 +1,136 @@
+"""Brings models onto the device beside the running step loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Lock, Thread
+from typing import TYPE_CHECKING
+
+import structlog
+
+from lowbit.v1.model_pb2 import LoadPhase
+from lowbit_server.engine.scripted import ScriptedConfig, ScriptedEngine
+from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
+from lowbit_server.worker.inbox import Item, LoadAdvanced, LoadFailed, LoadSucceeded, Ticket
+from lowbit_server.worker.memory import release_memory
+
+if TYPE_CHECKING:
+    from queue import Queue
+
+    from lowbit_server.engine.engine import Engine
+    from lowbit_server.worker.settings import Settings
+
+READ_CHUNK_BYTES = 16 << 20
+
+
+class LoadStoppedError(Exception):
+    """Nobody wants the model any more."""
+
+
+class Loader:
+    """Loads one model at a time and puts the news into the inbox."""
+
+    def __init__(self, settings: Settings, inbox: Queue[Item]) -> None:
+        """Make an idle loader."""
+        self._settings = settings
+        self._inbox = inbox
+        # One at a time, since transformers sets the default dtype of the whole process
+        # while it builds a model. At most one load of each model waits here.
+        self._turn = Lock()
+        self._log = structlog.get_logger()
+
+    def start(self, model: str, path: str) -> Ticket:
+        """Begin a load; its news carry the ticket that is returned.
+
+        Each load has a thread that ends with it. OpenMP keeps helpers for every thread
+        that ever computed, and while there are more of them than processors it puts all
+        to sleep between any two products: the step loop would lose a third of its speed.
+        """
+        ticket = Ticket(model, Path(path))
+        Thread(target=self._run, args=(ticket,), name="loader", daemon=True).start()
+        return ticket
+
+    def _run(self, ticket: Ticket) -> None:
+        with self._turn:
+            news = self._attempt(ticket)
+        if isinstance(news, LoadFailed):
+            # Only now: inside the attempt its error still holds what was loaded.
+            release_memory()
+        self._inbox.put(news)
+
+    def _attempt(self, ticket: Ticket) -> LoadSucceeded | LoadFailed:
+        try:
+            return LoadSucceeded(ticket, *self._load(ticket))
+        except LoadStoppedError:
+            return LoadFailed(ticket, "the load was stopped", out_of_memory=False)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the front is told)
+            self._log.exception("load failed", model=ticket.model)
+            message = f"{type(error).__name__}: {error}"[:1000]
+            return LoadFailed(ticket, message, _is_out_of_memory(error))
+
+    def _load(self, ticket: Ticket) -> tuple[Engine, int]:
+        self._report(ticket, LoadPhase.LOAD_PHASE_READ, 0)
+        manifest = Manifest.model_validate_json((ticket.path / MANIFEST_FILE).read_bytes())
+        if manifest.scheme.kind == "scripted":
+            return self._load_scripted(ticket)
+        self._read_through(ticket, manifest)
+        return self._load_weights(ticket, manifest.context_tokens)
+
+    def _load_scripted(self, ticket: Ticket) -> tuple[Engine, int]:
+        config = ScriptedConfig.model_validate_json((ticket.path / "config.json").read_bytes())
+        script = config.script
+        phases = (
+            LoadPhase.LOAD_PHASE_READ,
+            LoadPhase.LOAD_PHASE_PLACE,
+            LoadPhase.LOAD_PHASE_WARM_UP,
+        )
+        for phase in phases:
+            ticket.stop.wait(script.load_ms / 1e3 / len(phases))
+            self._report(ticket, phase, 1)
+        if any(fault.kind == "load_error" for fault in script.faults):
+            message = "scripted load error"
+            raise RuntimeError(message)
+        return ScriptedEngine(config, self._settings.max_running), 0
+
+    def _load_weights(self, ticket: Ticket, context_tokens: int) -> tuple[Engine, int]:
+        self._report(ticket, LoadPhase.LOAD_PHASE_PLACE, 0)
+        # Only here: a process that plays scripts starts without torch, which takes seconds.
+        import torch  # noqa: PLC0415
+
+        from lowbit_server.engine.batching import BatchingEngine  # noqa: PLC0415
+        from lowbit_server.models.measure import live_bytes  # noqa: PLC0415
+        from lowbit_server.models.transformers import TransformersModel, place  # noqa: PLC0415
+
+        settings = self._settings
+        torch.set_num_threads(settings.threads)
+        model = place(ticket.path, settings.device)
+        self._report(ticket, LoadPhase.LOAD_PHASE_WARM_UP, 0)
+        decoder = TransformersModel(model, context_tokens)
+        engine = BatchingEngine(decoder, settings.max_running, settings.kv_cache_bytes)
+        self._report(ticket, LoadPhase.LOAD_PHASE_WARM_UP, 1)
+        return engine, live_bytes(model)
+
+    def _read_through(self, ticket: Ticket, manifest: Manifest) -> None:
+        """Read all files once, so that placing them finds them in the page cache."""
+        total, done = max(manifest.disk_bytes, 1), 0
+        for entry in manifest.files:
+            with (ticket.path / entry.path).open("rb", buffering=0) as file:
+                buffer = bytearray(READ_CHUNK_BYTES)
+                while count := file.readinto(buffer):
+                    done += count
+                    self._report(ticket, LoadPhase.LOAD_PHASE_READ, min(done / total, 1))
+
+    def _report(self, ticket: Ticket, phase: int, fraction: float) -> None:
+        """Say how far the load is; raises LoadStoppedError when it is to stop."""
+        if ticket.stop.is_set():
+            raise LoadStoppedError
+        self._inbox.put(LoadAdvanced(ticket, phase, fraction))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # By name, as torch may not be there at all; its CPU allocator has no class of its own.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

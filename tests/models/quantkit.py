@@ -1,0 +1,118 @@
+"""Tiny random models and jobs run inside the test's own process."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lowbit_server.jobs.context import Context
+from lowbit_server.jobs.importing import import_model
+from lowbit_server.jobs.quantizing import quantize_model
+from lowbit_server.jobs.report import Reporter
+from lowbit_server.jobs.spec import JOB_REPORT, ImportSpec, Progress, QuantizeSpec
+from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
+from lowbit_server.store.sealing import check_files
+from lowbit_server.testing import byte_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lowbit_server.jobs.spec import EvaluationSpec
+    from lowbit_server.quant.schemes import FloatType, Scheme
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-untied": {"model_type": "llama", "tie_word_embeddings": False},
+    "qwen2-biases": {"model_type": "qwen2", "tie_word_embeddings": True},
+}
+
+
+def random_source(folder: Path, dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
+    """Write a Hugging Face folder with random weights and return it."""
+    kind = config.pop("model_type")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | config)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zeros would hide a bias that got lost
+            torch.nn.init.normal_(parameter)
+    model.to(dtype).save_pretrained(folder)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+class Store:
+    """Folders of a store, and jobs that write into it."""
+
+    def __init__(self, home: Path) -> None:
+        self.models = home / "models"
+        self.models.mkdir()
+        self.progress: list[Progress] = []
+
+    def imported(self, path: Path, name: str = "base", kind: FloatType | None = None) -> Path:
+        spec = ImportSpec(model=name, path=str(path), type=kind)
+        import_model(spec, self._context(name, path.parent))
+        return self._sealed(name)
+
+    def quantized(
+        self, scheme: Scheme, name: str = "small", evaluation: EvaluationSpec | None = None
+    ) -> Path:
+        spec = QuantizeSpec(
+            model=name, source="base", scheme=scheme, device="cpu", evaluation=evaluation
+        )
+        quantize_model(spec, self._context(name, self.models))
+        return self._sealed(name)
+
+    def manifest(self, name: str) -> Manifest:
+        return Manifest.model_validate_json((self.models / name / MANIFEST_FILE).read_bytes())
+
+    def _context(self, name: str, root: Path) -> Context:
+        self._stream = io.StringIO()
+        # Jobs stage beside the models here; publishing is the front's part.
+        return Context(
+            staging=self.models / name,
+            models=self.models,
+            roots=(root,),
+            scripted=False,
+            reporter=Reporter(self._stream),
+        )
+
+    def _sealed(self, name: str) -> Path:
+        reports = [JOB_REPORT.validate_json(line) for line in self._stream.getvalue().splitlines()]
+        self.progress = [report for report in reports if isinstance(report, Progress)]
+        check_files(self.models / name, self.manifest(name), digests=True)
+        return self.models / name
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a folder."""
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    """Return whether two sets of tensors agree in names, types, shapes and every bit."""
+    return one.keys() == two.keys() and all(
+        one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in one
+    )
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """Return config.json."""
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
