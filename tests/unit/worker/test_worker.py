@@ -1,24 +1,17 @@
-"""The worker process over its real socket, with the scripted engine."""
+"""Requests of a worker process over its real socket, with the scripted engine."""
 
 from __future__ import annotations
 
-import signal
-import stat
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-import grpc
 import pytest
 
 from lowbit.v1.generation_pb2 import FinishReason
-from lowbit.v1.model_pb2 import LoadPhase
-from tests.unit.worker.harness import DEADLINE_S, Front, write_scripted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable
 
-    from tests.unit.worker.harness import WorkerProcess
+    from tests.unit.worker.harness import Front
 
     Load = Callable[..., str]
 
@@ -133,71 +126,6 @@ def test_an_empty_prompt_fails(front: Front, load_scripted: Load) -> None:
     assert front.finished(front.submit(load_scripted(), [], max_tokens=1)).error
 
 
-def test_a_scripted_exit_ends_the_process(
-    worker: WorkerProcess, front: Front, load_scripted: Load
-) -> None:
-    model = load_scripted(step_ms=1, faults=[{"kind": "exit", "after_tokens": 3}])
-    request = front.submit(model, [1], max_tokens=9)
-    with pytest.raises(grpc.RpcError):
-        front.finished(request)
-    assert worker.process.wait(DEADLINE_S) == 1
-
-
-def test_a_scripted_hang_leaves_pings_unanswered(worker: WorkerProcess, tmp_path: Path) -> None:
-    with Front(worker.socket, deadline_s=3) as front:
-        front.wait_for("ready")
-        fault = {"kind": "hang", "after_tokens": 1}
-        front.load("hangs", write_scripted(tmp_path / "hangs", step_ms=1, faults=[fault]))
-        front.wait_for("loaded")
-        front.submit("hangs", [1], max_tokens=9)
-        with pytest.raises(grpc.RpcError) as caught:
-            ping_for_ever(front)
-    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert worker.process.stdin is not None
-    worker.process.stdin.close()
-    assert worker.process.wait(DEADLINE_S) == 0
-
-
-def test_load_reports_its_phases_in_order(front: Front, tmp_path: Path) -> None:
-    front.load("scripted", write_scripted(tmp_path / "scripted", load_ms=3))
-    phases = []
-    while (event := front.next_event()).WhichOneof("event") == "load_progress":
-        phases.append(event.load_progress.phase)
-    assert event.loaded.model == "scripted"
-    assert phases == sorted(phases)
-    assert set(phases) == {
-        LoadPhase.LOAD_PHASE_READ,
-        LoadPhase.LOAD_PHASE_PLACE,
-        LoadPhase.LOAD_PHASE_WARM_UP,
-    }
-
-
-def test_a_live_model_is_loaded_at_once(front: Front, load_scripted: Load, tmp_path: Path) -> None:
-    model = load_scripted()
-    front.load(model, tmp_path / model)
-    assert front.next_event().loaded.model == model
-
-
-def test_requests_go_on_while_another_model_loads(
-    front: Front, load_scripted: Load, tmp_path: Path
-) -> None:
-    model = load_scripted(step_ms=1)
-    front.load("slow", write_scripted(tmp_path / "slow", load_ms=60_000))
-    front.wait_for("load_progress")
-    assert len(front.finished(front.submit(model, [1], max_tokens=20)).tokens) == 20
-
-
-def test_unload_stops_a_load(front: Front, tmp_path: Path) -> None:
-    folder = write_scripted(tmp_path / "slow", load_ms=600_000)
-    front.load("slow", folder)
-    front.wait_for("load_progress")
-    front.unload("slow")
-    assert front.wait_for("unloaded").model == "slow"
-    # The loader is free again: the load did not run to its end.
-    front.load("quick", write_scripted(tmp_path / "quick"))
-    assert front.wait_for("loaded").model == "quick"
-
-
 def test_two_models_take_turns(front: Front, load_scripted: Load) -> None:
     one, two = load_scripted("one", step_ms=0), load_scripted("two", step_ms=0)
     requests = [front.submit(model, [1], max_tokens=1500) for model in (one, two)]
@@ -207,101 +135,3 @@ def test_two_models_take_turns(front: Front, load_scripted: Load) -> None:
     assert all(len(front.results[request].tokens) > 300 for request in requests)
     for request in requests:
         front.finished(request)
-
-
-def test_unload_cancels_the_requests_of_its_model_only(front: Front, load_scripted: Load) -> None:
-    gone, stays = load_scripted("gone", step_ms=1), load_scripted("stays", step_ms=1)
-    lost, kept = front.submit(gone, [1], max_tokens=2000), front.submit(stays, [1], max_tokens=50)
-    front.produced(lost, 1)
-    front.unload(gone)
-    assert front.wait_for("unloaded").model == gone
-    assert front.results[lost].finish == FinishReason.FINISH_REASON_CANCELLED
-    assert len(front.finished(kept).tokens) == 50
-    assert front.finished(front.submit(gone, [1], max_tokens=1)).error
-
-
-@pytest.mark.parametrize(
-    ("script", "message"),
-    [
-        ({"faults": [{"kind": "load_error"}]}, "scripted load error"),
-        ({"step_ms": -1}, "step_ms"),
-        ({"speed": 3}, "speed"),
-    ],
-)
-def test_a_load_that_fails_says_why(
-    front: Front, tmp_path: Path, script: dict[str, object], message: str
-) -> None:
-    front.load("bad", write_scripted(tmp_path / "bad", **script))
-    failed = front.wait_for("load_failed")
-    assert failed.model == "bad"
-    assert message in failed.message
-    assert not failed.out_of_memory
-
-
-def test_a_folder_that_is_not_there_fails_the_load(front: Front, tmp_path: Path) -> None:
-    front.load("none", tmp_path / "none")
-    assert "FileNotFoundError" in front.wait_for("load_failed").message
-
-
-def test_a_pong_tells_of_memory_and_models(front: Front, load_scripted: Load) -> None:
-    model = load_scripted()
-    front.ping()
-    pong = front.wait_for("pong")
-    assert 0 < pong.resident_bytes < pong.total_bytes
-    assert 0 < pong.free_bytes < pong.total_bytes
-    assert [(use.model, use.kv_bytes) for use in pong.kv] == [(model, 0)]
-
-
-def test_a_second_front_is_refused(worker: WorkerProcess, front: Front) -> None:
-    with Front(worker.socket) as second, pytest.raises(grpc.RpcError) as caught:
-        second.next_event()
-    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-def test_a_new_front_finds_the_models_and_no_requests(
-    worker: WorkerProcess, tmp_path: Path
-) -> None:
-    folder = write_scripted(tmp_path / "scripted", step_ms=1)
-    with Front(worker.socket) as front:
-        front.load("scripted", folder)
-        front.wait_for("loaded")
-        front.produced(front.submit("scripted", [1], max_tokens=2000), 1)
-    with attached_again(worker) as front:
-        ended = front.finished(front.submit("scripted", [2], max_tokens=5))
-        assert ended.tokens == [2] * 5
-        assert {output.request for step in front.steps for output in step.outputs} == {1}
-        assert max(step.running for step in front.steps) == 1
-
-
-def test_the_process_ends_with_its_stdin(worker: WorkerProcess, front: Front) -> None:
-    assert worker.process.stdin is not None
-    worker.process.stdin.close()
-    assert worker.process.wait(DEADLINE_S) == 0
-
-
-def test_the_process_ends_on_sigterm(worker: WorkerProcess, front: Front) -> None:
-    worker.process.terminate()
-    assert worker.process.wait(DEADLINE_S) == -signal.SIGTERM
-
-
-def test_only_the_owner_may_open_the_socket(worker: WorkerProcess, front: Front) -> None:
-    assert stat.S_IMODE(worker.socket.stat().st_mode) == 0o600
-
-
-def ping_for_ever(front: Front) -> NoReturn:
-    while True:
-        front.ping()
-        front.wait_for("pong")
-
-
-@contextmanager
-def attached_again(worker: WorkerProcess) -> Iterator[Front]:
-    """Attach as soon as the worker has noticed that its first front is gone."""
-    while True:
-        with Front(worker.socket) as front:
-            try:
-                front.wait_for("ready")
-            except grpc.RpcError:
-                continue
-            yield front
-            return

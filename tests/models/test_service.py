@@ -1,0 +1,108 @@
+"""The main job through a real server: import, quantize, load, generate, compare."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowbit import Client
+from lowbit.v1.quantization_pb2 import Evaluation
+from lowbit_server.testing import ServerProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NEW_TOKENS = 16
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at",
+    "def fibonacci(n):",
+    "Once upon a time, in a village by the sea,",
+    "The three primary colours are",
+    "To make bread, you need",
+    "In 1969, humans",
+    "The opposite of hot is",
+    "A triangle has",
+    "import numpy as",
+    "Dear Sir or Madam,",
+    "The quick brown fox",
+    "Photosynthesis is the process by which",
+    "1, 2, 3, 4,",
+    "My favourite season is",
+    "The largest planet in our solar system",
+    "SELECT name FROM",
+    "Roses are red,",
+    "How do I tie a tie? First,",
+    "Él vive en",
+)
+
+
+@pytest.fixture(scope="module")
+def server(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with SmolLM2 as bf16, fp32, int8 and nf4, all live."""
+    home = tmp_path_factory.mktemp("main-job") / "home"
+    environment = {"LOWBIT_IMPORT_ROOTS": str(smollm2_gguf.parent)}
+    with ServerProcess(home, environment=environment) as server:
+        with Client(server.address) as client:
+            client.wait_job(client.import_model("bf16", path=str(smollm2_gguf)).id)
+            evaluation = Evaluation(max_tokens=512, window_tokens=256)
+            for scheme in ("fp32", "int8", "nf4"):
+                job = client.quantize("bf16", scheme, scheme, evaluation=evaluation)
+                client.wait_job(job.id)
+            for name in ("bf16", "fp32", "int8", "nf4"):
+                client.load(name).wait()
+        yield server
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_greedy_output_equals_generate(name: str, server: ServerProcess) -> None:
+    folder = server.home / "models" / name
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    with Client(server.address) as client:
+        for prompt in PROMPTS:
+            inputs = tokenizer(prompt, return_tensors="pt")
+            expected = model.generate(
+                **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, temperature=None, top_p=None
+            )[0, inputs["input_ids"].shape[1] :].tolist()
+            stream = client.generate(
+                name, prompt, max_tokens=NEW_TOKENS, temperature=0, token_ids_output=True
+            )
+            found = [token for chunk in stream for token in chunk.token_ids]
+            assert found == expected, prompt
+            text = tokenizer.decode(expected, skip_special_tokens=True)
+            assert stream.partial_text == text
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8", "nf4"])
+def test_the_command_line_knows_paris(name: str, server: ServerProcess) -> None:
+    command = [str(Path(sys.executable).parent / "lowbit"), "--address", server.address]
+    command += ["generate", name, "The capital of France is"]
+    command += ["--max-tokens", "8", "--temperature", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "Paris" in done.stdout
+
+
+def test_smaller_is_smaller_and_measured(server: ServerProcess) -> None:
+    with Client(server.address) as client:
+        models = {model.name: model for model in client.models()}
+        live = {name: model.replicas[0].live_bytes for name, model in models.items()}
+        assert live["nf4"] < live["int8"] < live["bf16"] < live["fp32"]
+        # All parameters once (the head is tied), and next to nothing beside them.
+        assert live["bf16"] == pytest.approx(2 * models["bf16"].parameters, rel=0.01)
+        assert live["fp32"] == pytest.approx(4 * models["fp32"].parameters, rel=0.01)
+        for name in ("int8", "nf4"):
+            quality = models[name].quality
+            assert models[name].parent == "bf16"
+            assert quality.base_perplexity < quality.perplexity * 1.01
+            assert 0 < quality.mean_kl < quality.p99_kl
+        assert models["fp32"].quality.mean_kl < 0.01 < models["nf4"].quality.mean_kl
+        listed = {one.model: one for device in client.devices() for one in device.models}
+        assert {name: one.live_bytes for name, one in listed.items()} == live
