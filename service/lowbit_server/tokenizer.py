@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import OrderedDict
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jinja2 import TemplateError
@@ -18,6 +19,9 @@ from lowbit_server.errors import LowbitError, Reason, invalid
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from jinja2 import Template
+    from jinja2.runtime import Context
 
     from lowbit_server.store.manifest import Manifest
 
@@ -57,19 +61,23 @@ class ModelTokenizer:
         The template comes with the model and is not trusted: it runs in jinja2's
         immutable sandbox.
         """
-        if self._template is None:
+        if not self._template:
             raise invalid("chat", "the model has no chat template; send text or token_ids")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals.update(raise_exception=_raise, strftime_now=_strftime_now)
         try:
-            return environment.from_string(self._template).render(
+            return self._compiled.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._special
             )
         except Exception as error:  # foreign code raises what it likes
             raise invalid("chat", f"the model's chat template refuses it: {error}") from error
+
+    @cached_property
+    def _compiled(self) -> Template:
+        environment = _Sandbox(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals.update(raise_exception=_raise, strftime_now=_strftime_now)
+        return environment.from_string(self._template)
 
     def decoder(self) -> Detokenizer:
         """Return a new incremental detokenizer."""
@@ -101,6 +109,19 @@ class Detokenizer:
         """Return what is left at the end of the output; broken bytes become U+FFFD."""
         whole: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         return whole[self._emitted :]
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which one operator cannot ask for all memory either."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:  # noqa: ANN401
+        """Refuse powers and products of anything but two numbers."""
+        if operator == "**" or not all(isinstance(one, (int, float)) for one in (left, right)):
+            message = f"'{operator}' is only offered for the product of two numbers"
+            raise TemplateError(message)
+        return super().call_binop(context, operator, left, right)
 
 
 class Tokenizers:
@@ -144,14 +165,14 @@ def _content(token: object) -> object:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
+def _read_template(folder: Path, config: dict[str, Any]) -> str:
     path = folder / "chat_template.jinja"
     template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     if isinstance(template, list):  # named templates: the default one
         named = {entry.get("name"): entry.get("template") for entry in template}
         template = named.get("default")
     if not isinstance(template, str) or len(template) > TEMPLATE_BYTES:
-        return None
+        return ""
     return template
 
 

@@ -114,6 +114,8 @@ def test_of_named_templates_the_default_is_taken(tmp_path: Path) -> None:
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ cycler.__init__.__globals__ }}",
         "{{ 'x' * 10**18 }}",
+        "{{ 'x' * 20000000000 }}",
+        "{{ 9 ** 9 ** 9 }}",
         "{{ 5.nothing() }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% for a in range(10**9) %}x{% endfor %}",

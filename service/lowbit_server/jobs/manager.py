@@ -168,6 +168,8 @@ class JobManager:
             self._running[job_id] = asyncio.create_task(self._run(job_id), name=f"job {job_id}")
 
     async def _run(self, job_id: str) -> None:
+        # Its log lines are the job's, not those of the call that happened to start it.
+        structlog.contextvars.clear_contextvars()
         error: Failed | None
         try:
             job = self._active[job_id]

@@ -76,6 +76,8 @@ class Pool:
                 if replica.state is ReplicaState.DRAINING
             )
         )
+        if len(self.replicas(model)) < replicas:
+            await self._wait_started(device)
         names = place(
             [_candidate(worker, model) for worker in self.workers],
             device=device,
@@ -83,6 +85,17 @@ class Pool:
             needed_bytes=needed_bytes,
         )
         return [self.worker(name).load(model, path) for name in names]
+
+    async def _wait_started(self, device: str) -> None:
+        """Wait while workers start: the supervisor sees to it that this ends."""
+        while True:
+            changed = self.changed.next()
+            if not any(
+                worker.state is WorkerState.STARTING and device in ("", worker.device)
+                for worker in self.workers
+            ):
+                return
+            await changed.wait()
 
     def leave(self, replicas: Sequence[Replica]) -> None:
         """Count a caller of a load out; stop the loads that nobody waits for any more."""

@@ -79,15 +79,23 @@ async def load(pool: Pool, needed_bytes: int = 1) -> list[Replica]:
 
 async def test_a_worker_is_ready_once_its_free_memory_is_known(pool: Pool, worker: Worker) -> None:
     worker.attach(cast("Link", FakeLink()), 42, wire.Ready(device="cpu"))
-    with pytest.raises(LowbitError) as caught:  # not INSUFFICIENT_DEVICE_MEMORY
-        await load(pool)
-    assert caught.value.reason is Reason.WORKER_LOST
-    assert caught.value.retry_after_s
+    loading = asyncio.create_task(load(pool))
+    await asyncio.sleep(0)
+    assert not loading.done()  # and not refused for want of memory
+    assert not pool.ready
     changed = pool.changed.next()
     worker.handle(pong())
     assert changed.is_set()
     assert pool.ready
-    assert (await load(pool))[0].state is ReplicaState.LOADING
+    assert (await loading)[0].state is ReplicaState.LOADING
+
+
+async def test_a_load_does_not_wait_for_a_lost_worker(pool: Pool, worker: Worker) -> None:
+    worker.detach()
+    with pytest.raises(LowbitError) as caught:
+        await load(pool)
+    assert caught.value.reason is Reason.WORKER_LOST
+    assert caught.value.retry_after_s
 
 
 async def test_a_load_that_nobody_waits_for_is_stopped_and_joined_by_nobody(
