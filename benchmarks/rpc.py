@@ -37,6 +37,7 @@ STEP_MS = 5.0
 TOKENS = 200
 STREAMS = (1, 8, 32)
 ROUNDS = 5
+REQUEST_TIMEOUT_S = 30.0
 PROMPT = "measure"
 PROMPT_IDS = byte_tokenizer().encode(PROMPT).ids
 
@@ -63,7 +64,12 @@ class Sdk:
         """Run one request."""
         began = time.perf_counter()
         stream = self._client.generate(
-            "scripted", PROMPT, max_tokens=TOKENS, temperature=0, ignore_eos=True
+            "scripted",
+            PROMPT,
+            max_tokens=TOKENS,
+            temperature=0,
+            ignore_eos=True,
+            timeout=REQUEST_TIMEOUT_S,
         )
         return times(began, [time.perf_counter() async for _ in stream])
 
@@ -99,7 +105,9 @@ class PrivateStream:
             request=request, model="scripted", prompt=PROMPT_IDS, max_tokens=TOKENS, top_p=1
         )
         self._link.send(wire.AttachRequest(submit=submit))
-        await self._ends.pop(request).wait()
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            await self._ends[request].wait()
+        del self._ends[request]
         return times(began, self._arrivals.pop(request))
 
 
