@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,22 @@ def test_the_command_line_knows_paris(name: str, server: ServerProcess) -> None:
     command += ["--max-tokens", "8", "--temperature", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "Paris" in done.stdout
+
+
+def test_the_example_quantizes_and_loads(server: ServerProcess) -> None:
+    example = Path(__file__).parents[2] / "examples" / "quantize_then_load.py"
+    done = subprocess.run(
+        [sys.executable, str(example), "bf16", "example", "nf4"],
+        env=os.environ | {"LOWBIT_ADDRESS": server.address},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert "live on cpu/0: " in done.stdout
+    with Client(server.address) as client:
+        client.unload("example")
+        client.delete_model("example")
 
 
 def test_smaller_is_smaller_and_measured(server: ServerProcess) -> None:
