@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -120,6 +121,21 @@ async def test_a_cancelled_stream_frees_its_slot_within_one_step(
             waits.append(await until(lambda: not slots(server_)))
         # A step is 5 ms; the rest is two processes' share of a busy machine.
         assert sorted(waits)[len(waits) // 2] < 0.05
+
+
+async def test_a_killed_client_frees_its_slot(server: tuple[Server, str]) -> None:
+    server_, address = server
+    code = "import sys; from lowbit import Client; s = Client(sys.argv[1]).generate("
+    code += "'slow', 'x', max_tokens=900_000); next(s); print('reading', flush=True); s.text()"
+    client = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, address, stdout=asyncio.subprocess.PIPE
+    )
+    assert client.stdout is not None
+    assert await client.stdout.readline() == b"reading\n"
+    assert slots(server_) == 1
+    client.kill()
+    await client.wait()
+    assert await until(lambda: not slots(server_)) < 1.0
 
 
 async def test_a_stalled_reader_is_failed_and_blocks_nobody(server: tuple[Server, str]) -> None:

@@ -493,7 +493,9 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class Started(_message.Message):
-    """The request was admitted and runs on a worker."""
+    """The request was admitted and a worker has read its prompt; sent just before the first
+    token, so that a stream that failed earlier can be tried again (docs/adr/0004).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

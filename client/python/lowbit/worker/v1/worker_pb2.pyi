@@ -383,9 +383,9 @@ class Step(_message.Message):
     RUNNING_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     running: _builtins.int
-    """Requests that hold a slot after this step."""
+    """Requests that hold a slot after this step, of all models of the worker."""
     waiting: _builtins.int
-    """Requests that wait for a slot after this step."""
+    """Requests that wait for a slot after this step, of all models of the worker."""
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]:
         """One entry per request that got tokens or ended."""
@@ -560,7 +560,7 @@ class KvUse(_message.Message):
     model: _builtins.str
     """Name of the model."""
     kv_bytes: _builtins.int
-    """Bytes in use."""
+    """Bytes that are allocated."""
     def __init__(
         self,
         *,
