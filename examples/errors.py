@@ -6,7 +6,7 @@ with Client() as client:
     try:
         client.generate("no-such-model", "hello").text()
     except ModelNotFoundError as error:
-        print(f"{error.reason}: {error}")
+        print(error)
     try:
         client.generate("no-such-model", "hello", temperature=-1, top_p=2).text()
     except InvalidArgumentError as error:

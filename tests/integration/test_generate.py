@@ -330,16 +330,6 @@ def not_offered() -> list[Any]:
             "EstimateQuantization",
             quantization_pb2.EstimateQuantizationRequest(source="echo", scheme=scheme),
         ),
-        (
-            "quantization",
-            "Quantize",
-            quantization_pb2.QuantizeRequest(
-                source="echo",
-                target="small",
-                scheme=scheme,
-                gate=quantization_pb2.QualityGate(max_bytes=1),
-            ),
-        ),
         ("jobs", "ResumeJob", job_pb2.ResumeJobRequest(id="any")),
     ]
     return [pytest.param(*one, id=f"{index}-{one[1]}") for index, one in enumerate(requests)]

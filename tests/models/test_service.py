@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowbit import Client
-from lowbit.v1.quantization_pb2 import Evaluation
+from lowbit import Client, InvalidArgumentError, JobFailedError
+from lowbit.v1 import errors_pb2
+from lowbit.v1.quantization_pb2 import Evaluation, QualityGate
 from lowbit_server.testing import ServerProcess
 
 if TYPE_CHECKING:
@@ -105,6 +106,22 @@ def test_the_example_quantizes_and_loads(server: ServerProcess) -> None:
     with Client(server.address) as client:
         client.unload("example")
         client.delete_model("example")
+
+
+def test_a_missed_gate_fails_the_job_with_what_was_measured(server: ServerProcess) -> None:
+    evaluation = Evaluation(max_tokens=256, window_tokens=128)
+    gate = QualityGate(max_mean_kl=0.001, max_bytes=200_000_000)
+    with Client(server.address) as client:
+        job = client.quantize("bf16", "gated", "fp4", evaluation=evaluation, gate=gate)
+        with pytest.raises(JobFailedError) as caught:
+            client.wait_job(job.id)
+        assert caught.value.job.error.reason == errors_pb2.ERROR_REASON_QUALITY_GATE_FAILED
+        assert "max_mean_kl 0.001: measured 0." in caught.value.job.error.message
+        assert "max_bytes" not in caught.value.job.error.message
+        assert "gated" not in {model.name for model in client.models()}
+        with pytest.raises(InvalidArgumentError, match="evaluation"):
+            client.quantize("bf16", "gated", "fp4", gate=gate)
+    assert not any((server.home / "staging").iterdir())
 
 
 def test_smaller_is_smaller_and_measured(server: ServerProcess) -> None:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.describing import write_config, write_quantized_manifest
 from lowbit_server.models.transformers import place
-from lowbit_server.quant import evaluation, registry
+from lowbit_server.quant import evaluation, gate, registry
 from lowbit_server.quant.casting import FLOAT_TYPES, cast, type_name
 from lowbit_server.quant.layout import blocks, linear_layers
 from lowbit_server.quant.methods import method
@@ -44,7 +44,8 @@ _TENSORS_PER_LINEAR = 6
 def quantize_model(spec: QuantizeSpec, context: Context) -> None:
     """Fill the staging folder with a copy of a model in another scheme and its manifest.
 
-    Raises LowbitError: MODEL_NOT_FOUND, SCHEME_UNAVAILABLE, INVALID_FIELD, DISK_FULL, ...
+    Raises LowbitError: MODEL_NOT_FOUND, SCHEME_UNAVAILABLE, INVALID_FIELD, DISK_FULL,
+    QUALITY_GATE_FAILED, ...
     """
     source = context.models / spec.source
     parent = _manifest(source, spec.source)
@@ -64,6 +65,8 @@ def quantize_model(spec: QuantizeSpec, context: Context) -> None:
     quality = None
     if spec.evaluation is not None:
         quality = _evaluate(source, spec.evaluation, spec.device, context)
+    if spec.gate is not None:
+        gate.check(spec.gate, quality, sum(file.bytes for file in files))
     write_quantized_manifest(staging, spec, parent, files, quality)
 
 

@@ -26,6 +26,25 @@ class EvaluationSpec(_Record):
     window_tokens: int = 512
 
 
+class GateSpec(_Record):
+    """Limits that a result must keep; None is no limit."""
+
+    max_perplexity_increase: float | None = None
+    """Largest perplexity divided by the source's, less one."""
+    max_mean_kl: float | None = None
+    """Largest mean KL divergence from the source, nats."""
+    min_top1_agreement: float | None = None
+    """Smallest share of positions where the likeliest token is the source's."""
+    max_bytes: int | None = None
+    """Largest size on disk, bytes."""
+
+    @property
+    def needs_quality(self) -> bool:
+        """Whether a limit speaks of what an evaluation measures."""
+        quality = (self.max_perplexity_increase, self.max_mean_kl, self.min_top1_agreement)
+        return any(limit is not None for limit in quality)
+
+
 class ImportSpec(_Record):
     """Brings a model into the store."""
 
@@ -48,6 +67,7 @@ class QuantizeSpec(_Record):
     scheme: Scheme
     device: str
     evaluation: EvaluationSpec | None = None
+    gate: GateSpec | None = None
 
 
 JobSpec: TypeAlias = Annotated[ImportSpec | QuantizeSpec, Field(discriminator="kind")]

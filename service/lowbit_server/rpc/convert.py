@@ -9,6 +9,7 @@ from lowbit.v1 import errors_pb2, generation_pb2, job_pb2, model_pb2, quantizati
 from lowbit.worker.v1.worker_pb2 import Submit
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.manager import describe_source
+from lowbit_server.jobs.spec import GateSpec
 from lowbit_server.pool.replica import ReplicaState
 from lowbit_server.quant.schemes import (
     AwqScheme,
@@ -85,6 +86,12 @@ def scheme(message: quantization_pb2.Scheme) -> Scheme:
 
 def _given(message: object, *fields: str) -> dict[str, object]:
     return {name: getattr(message, name) for name in fields if message.HasField(name)}  # type: ignore[attr-defined]
+
+
+def gate(message: quantization_pb2.QualityGate) -> GateSpec:
+    """Return the limits that are set."""
+    fields = ("max_perplexity_increase", "max_mean_kl", "min_top1_agreement", "max_bytes")
+    return GateSpec(**_given(message, *fields))
 
 
 def scheme_message(value: Scheme) -> quantization_pb2.Scheme | None:

@@ -38,8 +38,6 @@ class QuantizationService(QuantizationServiceServicer):
         self._scheduler.check_open()
         source = self._catalog.resolve(request.source)
         scheme = convert.scheme(request.scheme)
-        if request.HasField("gate"):
-            raise convert.not_implemented("gate")
         if request.HasField("calibration"):
             raise invalid("calibration", f"scheme {scheme.name} uses no calibration text")
         device = request.device or self._config.devices[0]
@@ -50,12 +48,16 @@ class QuantizationService(QuantizationServiceServicer):
         evaluation = None
         if request.HasField("evaluation"):
             evaluation = await self._evaluation(request.evaluation)
+        gate = convert.gate(request.gate) if request.HasField("gate") else None
+        if gate and gate.needs_quality and evaluation is None:
+            raise invalid("gate", "limits of quality need `evaluation`: nothing would be measured")
         spec = QuantizeSpec(
             model=request.target,
             source=source.name,
             scheme=scheme,
             device=device,
             evaluation=evaluation,
+            gate=gate,
         )
         job = await self._jobs.submit(spec, request.request_id, validate_only=request.validate_only)
         return pb.QuantizeResponse(job=convert.job(job, self._jobs.position(job)))

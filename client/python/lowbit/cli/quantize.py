@@ -23,6 +23,7 @@ from lowbit.cli.progress import follow_job
 from lowbit.v1.quantization_pb2 import (
     Evaluation,
     ListSchemesResponse,
+    QualityGate,
     SchemeAvailability,
 )
 
@@ -49,12 +50,28 @@ def quantize(  # noqa: PLR0913 - options of one request
     eval_tokens: Annotated[
         int | None, typer.Option(help="Tokens of held-out text to measure on.")
     ] = None,
+    max_perplexity_increase: Annotated[
+        float | None, typer.Option(help="Fail when perplexity rises by more than this share.")
+    ] = None,
+    max_mean_kl: Annotated[
+        float | None, typer.Option(help="Fail when the mean KL divergence is above, nats.")
+    ] = None,
+    min_top1_agreement: Annotated[
+        float | None, typer.Option(help="Fail when the likeliest tokens agree less often.")
+    ] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Fail when it is larger on disk.")] = None,
     device: Device = "",
     request_id: RequestId = "",
     dry_run: DryRun = False,
     wait: Wait = True,
 ) -> None:
     """Make a smaller copy of a model."""
+    gate = QualityGate(
+        max_perplexity_increase=max_perplexity_increase,
+        max_mean_kl=max_mean_kl,
+        min_top1_agreement=min_top1_agreement,
+        max_bytes=max_bytes,
+    )
     with connect(context) as client:
         with usage_errors():
             job = client.quantize(
@@ -68,6 +85,7 @@ def quantize(  # noqa: PLR0913 - options of one request
                 ),
                 device=device,
                 evaluation=Evaluation(max_tokens=eval_tokens) if evaluate else None,
+                gate=gate if gate.ByteSize() else None,
                 request_id=request_id,
                 validate_only=dry_run,
             )
