@@ -47,9 +47,11 @@ def choose(model: str, replicas: Sequence[Replica]) -> Replica:
 class Admission:
     """One place among the admitted requests; it ends once, whoever ends it first."""
 
-    def __init__(self, count: Callable[[int], None]) -> None:
+    def __init__(self, count: Callable[[int], None], context_tokens: int) -> None:
         """Take a place; `count` adds to the number of places taken."""
         self._count = count
+        self.context_tokens = context_tokens
+        """Most tokens of prompt and output together."""
         self._ended = False
         count(1)
 
@@ -86,8 +88,8 @@ class Scheduler:
         if self.admitted >= self._limit:
             message = f"{self.admitted} requests run or wait already"
             raise LowbitError(Reason.QUEUE_FULL, message, retry_after_s=RETRY_QUEUE_S)
-        choose(model, self._pool.replicas(model))
-        admission = Admission(self._count)
+        replica = choose(model, self._pool.replicas(model))
+        admission = Admission(self._count, replica.context_tokens)
         try:
             yield admission
         finally:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowbit import Client, InvalidArgumentError, JobFailedError
+from lowbit import Client, ContextLengthError, InvalidArgumentError, JobFailedError
 from lowbit.v1 import errors_pb2
 from lowbit.v1.quantization_pb2 import Evaluation, QualityGate
 from lowbit_server.testing import ServerProcess
+from tests.models.quantkit import random_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,6 +123,27 @@ def test_a_missed_gate_fails_the_job_with_what_was_measured(server: ServerProces
         with pytest.raises(InvalidArgumentError, match="evaluation"):
             client.quantize("bf16", "gated", "fp4", gate=gate)
     assert not any((server.home / "staging").iterdir())
+
+
+def test_a_prompt_beyond_the_kv_budget_is_refused_like_one_beyond_the_context(
+    tmp_path: Path,
+) -> None:
+    source = random_source(tmp_path / "source", model_type="llama", max_position_embeddings=8192)
+    # Keys and values of 3 layers, 2 heads of 32 in bf16: 768 bytes a token, in blocks of 256.
+    environment = {"LOWBIT_IMPORT_ROOTS": str(tmp_path), "LOWBIT_KV_CACHE_BYTES": str(1 << 20)}
+    with (
+        ServerProcess(tmp_path / "home", environment=environment) as server,
+        Client(server.address) as client,
+    ):
+        client.wait_job(client.import_model("m", path=str(source)).id)
+        client.load("m").wait()
+        with pytest.raises(ContextLengthError) as caught:
+            client.generate("m", "x" * 2000, max_tokens=4).text()
+        assert caught.value.metadata["context_tokens"] == str((1 << 20) // 768 // 256 * 256)
+        stream = client.generate("m", "x" * 1000, max_tokens=4, ignore_eos=True)
+        stream.text()
+        assert stream.usage is not None
+        assert stream.usage.output_tokens == 4
 
 
 def test_smaller_is_smaller_and_measured(server: ServerProcess) -> None:

@@ -58,11 +58,11 @@ class BatchingEngine:
         """
         self._model = model
         self._kv = KvCache(model.spec, kv_cache_bytes)
-        self._context_tokens = min(model.spec.context_tokens, self._kv.row_limit_tokens)
-        if self._context_tokens < 1:
+        self.context_tokens = min(model.spec.context_tokens, self._kv.row_limit_tokens)
+        if self.context_tokens < 1:
             message = f"a KV cache of {kv_cache_bytes} bytes does not hold one request"
             raise MemoryError(message)
-        self._roster = Roster(max_running, self._context_tokens)
+        self._roster = Roster(max_running, self.context_tokens)
         self._decoding: list[Row] = []
         self._prefilling: Row | None = None
         self._log = structlog.get_logger()
@@ -170,7 +170,7 @@ class BatchingEngine:
 
     def _most_tokens(self, running: Running) -> int:
         request = running.request
-        return min(len(request.prompt) + request.max_tokens, self._context_tokens)
+        return min(len(request.prompt) + request.max_tokens, self.context_tokens)
 
     def _close_holes(self) -> None:
         """Move the last rows into the places of requests that have ended."""

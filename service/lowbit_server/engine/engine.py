@@ -21,6 +21,9 @@ class Status(NamedTuple):
 class Engine(Protocol):
     """Runs the requests of one live model. All calls come from the step loop's thread."""
 
+    context_tokens: int
+    """Most tokens of prompt and output together."""
+
     def submit(self, request: Request) -> list[Output]:
         """Queue a request; return its end when it cannot run."""
 

@@ -67,9 +67,8 @@ class ScriptedEngine:
     def __init__(self, config: ScriptedConfig, max_running: int) -> None:
         """Make an engine of at most `max_running` slots; the script may want fewer."""
         self._script = config.script
-        self._roster = Roster(
-            min(max_running, config.script.max_running), config.max_position_embeddings
-        )
+        self.context_tokens = config.max_position_embeddings
+        self._roster = Roster(min(max_running, config.script.max_running), self.context_tokens)
         self._due = 0.0
 
     def submit(self, request: Request) -> list[Output]:

@@ -44,6 +44,8 @@ class Replica:
         self.phase = LoadPhase.READ
         self.fraction = 0.0
         self.live_bytes = 0
+        self.context_tokens = 0
+        """Most tokens of prompt and output together; 0 until live."""
         self.kv_bytes = 0
         self.requests = 0
         """Requests that run or wait on it."""

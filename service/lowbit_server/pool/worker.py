@@ -187,6 +187,7 @@ class Worker:
                 replica.state = ReplicaState.LIVE
             replica.phase, replica.fraction = LoadPhase.LIVE, 1.0
             replica.live_bytes, replica.wanted = loaded.live_bytes, True
+            replica.context_tokens = loaded.context_tokens
             log.info("model live", model=loaded.model, worker=self.name, bytes=loaded.live_bytes)
             replica.changed.notify()
             self.ping()  # free memory has changed

@@ -54,7 +54,7 @@ class GenerationService(GenerationServiceServicer):
         manifest = self._catalog.resolve(request.model)
         with self._scheduler.admit(manifest.name) as admission:
             tokenizer = await self._tokenizers.get(manifest, self._catalog.path(manifest))
-            prompt = await self._prompt(request, manifest, tokenizer)
+            prompt = await self._prompt(request, manifest, tokenizer, admission.context_tokens)
             submit = convert.submit(request, manifest, prompt)
             text = OutputText(
                 tokenizer.decoder(), request.stopping.strings, request.stopping.min_tokens
@@ -104,7 +104,11 @@ class GenerationService(GenerationServiceServicer):
         return await self._tokenizers.get(manifest, self._catalog.path(manifest))
 
     async def _prompt(
-        self, request: pb.GenerateRequest, manifest: Manifest, tokenizer: ModelTokenizer
+        self,
+        request: pb.GenerateRequest,
+        manifest: Manifest,
+        tokenizer: ModelTokenizer,
+        context_tokens: int,
     ) -> Sequence[int]:
         """Return the prompt's token ids; raise when they leave no room for one more."""
         match request.WhichOneof("input"):
@@ -118,14 +122,14 @@ class GenerationService(GenerationServiceServicer):
                 prompt = await _encode(tokenizer, request.text, special=True)
         if not prompt:
             raise invalid("text", "the prompt has no tokens; send at least one")
-        if len(prompt) >= manifest.context_tokens:
+        if len(prompt) >= context_tokens:
             message = (
-                f"the prompt has {len(prompt)} tokens and the context {manifest.context_tokens}; "
+                f"the prompt has {len(prompt)} tokens and the context {context_tokens}; "
                 "at least one must be left for the output"
             )
             metadata = {
                 "prompt_tokens": str(len(prompt)),
-                "context_tokens": str(manifest.context_tokens),
+                "context_tokens": str(context_tokens),
             }
             raise LowbitError(Reason.CONTEXT_LENGTH_EXCEEDED, message, metadata=metadata)
         _check_ids("stopping.token_ids", request.stopping.token_ids, manifest.vocab_size)

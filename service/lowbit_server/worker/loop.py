@@ -157,7 +157,9 @@ class StepLoop:
         self._send_loaded(model, self._live[model])
 
     def _send_loaded(self, model: str, live: Live) -> None:
-        loaded = pb.Loaded(model=model, live_bytes=live.live_bytes)
+        loaded = pb.Loaded(
+            model=model, live_bytes=live.live_bytes, context_tokens=live.engine.context_tokens
+        )
         self._outbox.send(pb.AttachResponse(loaded=loaded))
 
     def _unload(self, model: str) -> None:

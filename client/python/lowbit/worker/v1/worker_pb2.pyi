@@ -443,19 +443,23 @@ class Loaded(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     LIVE_BYTES_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     live_bytes: _builtins.int
     """Measured bytes of its weights and buffers."""
+    context_tokens: _builtins.int
+    """Most tokens of prompt and output together; the KV budget may allow fewer than the model."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         live_bytes: _builtins.int = ...,
+        context_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["live_bytes", b"live_bytes", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "live_bytes", b"live_bytes", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
