@@ -412,7 +412,7 @@ def test_a_scheme_that_there_is_not(
     assert nothing_was_started(service, "smaller")
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq", "rtn"])
+@pytest.mark.parametrize("name", ["gptq", "awq"])
 def test_a_scheme_that_is_not_available_here(service: Any, tiny: str, name: str) -> None:
     with service.refused(StatusCode.FAILED_PRECONDITION, "SCHEME_UNAVAILABLE") as refusal:
         quantize(service, tiny, scheme(name))

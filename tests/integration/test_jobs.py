@@ -394,11 +394,11 @@ def test_verify_finds_a_flipped_byte(service: Any) -> None:
 def test_schemes_say_where_they_can_be_used(service: Any) -> None:
     schemes = {one.name: one for one in service.client.list_schemes()}
     assert set(schemes) == {"fp32", "fp16", "bf16", "int8", "nf4", "fp4", "gptq", "awq", "rtn"}
-    for name in ("fp32", "fp16", "bf16", "int8", "nf4", "fp4"):
+    for name in ("fp32", "fp16", "bf16", "int8", "nf4", "fp4", "rtn"):
         assert schemes[name].availability == [
             quantization_pb2.SchemeAvailability(device="cpu", can_quantize=True, can_serve=True)
         ]
-    for name in ("gptq", "awq", "rtn"):
+    for name in ("gptq", "awq"):
         (found,) = schemes[name].availability
         assert not found.can_quantize
         assert found.reason

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from lowbit_server.errors import LowbitError, Reason
-from lowbit_server.quant.schemes import AwqScheme, Bnb4BitScheme, GptqScheme, Int8Scheme
+from lowbit_server.quant.schemes import (
+    AwqScheme,
+    Bnb4BitScheme,
+    GptqScheme,
+    Int8Scheme,
+    RtnScheme,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,6 +58,11 @@ def foreign_scheme(config: Mapping[str, Any]) -> Scheme:
                 )
             case {"quant_method": "gptq", "checkpoint_format": str(layout)} if layout != "gptq":
                 pass
+            # Our own, exported and imported again: plain GPTQ to everyone else.
+            case {"quant_method": "gptq", "meta": {"method": "rtn"}}:
+                return RtnScheme(
+                    bits=config["bits"], group_size=config["group_size"], sym=config["sym"]
+                )
             case {"quant_method": "gptq"}:
                 return GptqScheme(
                     bits=config["bits"],
@@ -69,14 +80,25 @@ def foreign_scheme(config: Mapping[str, Any]) -> Scheme:
     raise _unsupported(config)
 
 
+def gptq_bits(config: Mapping[str, Any]) -> int:
+    """Return the bits of a checkpoint whose layout is that of GPTQ.
+
+    Raises LowbitError(SOURCE_UNSUPPORTED) for another layout.
+    """
+    scheme = foreign_scheme(config)
+    if not isinstance(scheme, GptqScheme | RtnScheme):
+        raise _unsupported(config)
+    return scheme.bits
+
+
 def stored_parameters(entries: Mapping[str, TensorEntry], scheme: Scheme) -> int:
     """Return how many parameters the tensors of a quantized checkpoint stand for."""
     total = 0
     for name, entry in entries.items():
         if name.endswith(_COMPANIONS):
             continue
-        if name.endswith(".qweight") and isinstance(scheme, GptqScheme | AwqScheme):
-            bits = scheme.bits if isinstance(scheme, GptqScheme) else 4
+        if name.endswith(".qweight") and isinstance(scheme, GptqScheme | RtnScheme | AwqScheme):
+            bits = 4 if isinstance(scheme, AwqScheme) else scheme.bits
             total += entry.elements * _PACKED_BITS // bits
         elif entry.dtype == "U8" and isinstance(scheme, Bnb4BitScheme):
             total += entry.elements * 2

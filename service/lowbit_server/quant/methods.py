@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.quant.bnb4bit import Bnb4BitMethod
 from lowbit_server.quant.int8 import Int8Method
-from lowbit_server.quant.schemes import Bnb4BitScheme, FloatScheme, Int8Scheme
+from lowbit_server.quant.rtn import RtnMethod
+from lowbit_server.quant.schemes import Bnb4BitScheme, FloatScheme, Int8Scheme, RtnScheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -63,4 +64,6 @@ def method(scheme: Scheme, device: str) -> Method:
             return Int8Method(scheme, device)
         case Bnb4BitScheme():
             return Bnb4BitMethod(scheme, device)
+        case RtnScheme():
+            return RtnMethod(scheme, device)
     raise LowbitError(Reason.SCHEME_UNAVAILABLE, f"{scheme.name} has no method in this version")

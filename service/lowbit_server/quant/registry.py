@@ -88,7 +88,7 @@ _SCHEMES = (
         calibrated=True,
         built=False,
     ),
-    SchemeInfo("rtn", "round to nearest in the GPTQ layout", _GROUPED_4BIT_BITS, built=False),
+    SchemeInfo("rtn", "round to nearest in the GPTQ layout", _GROUPED_4BIT_BITS),
 )
 
 

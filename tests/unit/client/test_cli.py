@@ -203,6 +203,17 @@ def test_quantize_waits_and_says_what_it_made(server: FakeServer, run: Run) -> N
     assert (request.device, request.request_id) == ("cpu", "r")
 
 
+def test_quantize_takes_the_options_of_rtn(server: FakeServer, run: Run) -> None:
+    server.on["Quantize"] = lambda *_: quantization.QuantizeResponse(job=JOB)
+    grid = ("--bits", "3", "--group-size", "-1", "--sym")
+    code, out, _ = run("quantize", "a", "m", "--scheme", "rtn", *grid, "--no-wait")
+    assert (code, out) == (0, "j1\n")
+    (request,) = server.requests("Quantize")
+    assert request.scheme == quantization.Scheme(
+        rtn=quantization.RtnScheme(bits=3, group_size=-1, sym=True)
+    )
+
+
 def test_no_wait_prints_the_job_and_no_evaluate_measures_nothing(
     server: FakeServer, run: Run
 ) -> None:

@@ -6,7 +6,14 @@ import pytest
 
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.quant.foreign import foreign_scheme, stored_parameters
-from lowbit_server.quant.schemes import AwqScheme, Bnb4BitScheme, GptqScheme, Int8Scheme, Scheme
+from lowbit_server.quant.schemes import (
+    AwqScheme,
+    Bnb4BitScheme,
+    GptqScheme,
+    Int8Scheme,
+    RtnScheme,
+    Scheme,
+)
 from lowbit_server.store.headers import TensorEntry
 
 
@@ -30,6 +37,17 @@ from lowbit_server.store.headers import TensorEntry
         (
             {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
             GptqScheme(bits=4, group_size=128, desc_act=False, sym=True),
+        ),
+        (
+            {
+                "quant_method": "gptq",
+                "bits": 3,
+                "group_size": 32,
+                "desc_act": False,
+                "sym": True,
+                "meta": {"quantizer": ["lowbit-server:0.1.0"], "method": "rtn"},
+            },
+            RtnScheme(bits=3, group_size=32, sym=True),
         ),
         (
             {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
@@ -72,5 +90,6 @@ def test_packed_weights_count_as_what_they_stand_for() -> None:
     assert stored_parameters(norm | packed, Bnb4BitScheme(quant_type="nf4")) == 64 + 4096
     grouped = {"q.qweight": entry("I32", 8, 64), "q.scales": entry("F16", 1, 64)}
     assert stored_parameters(norm | grouped, GptqScheme()) == 64 + 4096
+    assert stored_parameters(norm | grouped, RtnScheme()) == 64 + 4096
     rows = {"q.weight": entry("I8", 64, 64), "q.SCB": entry("F32", 64)}
     assert stored_parameters(norm | rows, Int8Scheme()) == 64 + 4096

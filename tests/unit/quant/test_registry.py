@@ -31,8 +31,9 @@ USABLE: list[Scheme] = [
     Int8Scheme(),
     Bnb4BitScheme(quant_type="nf4"),
     Bnb4BitScheme(quant_type="fp4"),
+    RtnScheme(),
 ]
-LATER: list[Scheme] = [GptqScheme(), AwqScheme(), RtnScheme()]
+LATER: list[Scheme] = [GptqScheme(), AwqScheme()]
 
 
 def model(scheme: Scheme, parent: str = "") -> Manifest:

@@ -46,6 +46,15 @@ def quantize(  # noqa: PLR0913 - options of one request
     outlier_threshold: Annotated[
         float | None, typer.Option(help="int8: larger activations stay in 16 bit.")
     ] = None,
+    bits: Annotated[int | None, typer.Option(help="rtn: bits a weight: 2, 3, 4 or 8.")] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="rtn: weights that share a scale: 32, 64, 128 or -1 for a whole row."),
+    ] = None,
+    sym: Annotated[
+        bool | None,
+        typer.Option("--sym/--no-sym", help="rtn: a grid that is symmetric around zero."),
+    ] = None,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after.")] = True,
     eval_tokens: Annotated[
         int | None, typer.Option(help="Tokens of held-out text to measure on.")
@@ -82,6 +91,9 @@ def quantize(  # noqa: PLR0913 - options of one request
                     compute_type=compute_type,
                     double_quant=double_quant,
                     outlier_threshold=outlier_threshold,
+                    bits=bits,
+                    group_size=group_size,
+                    sym=sym,
                 ),
                 device=device,
                 evaluation=Evaluation(max_tokens=eval_tokens) if evaluate else None,
