@@ -48,17 +48,17 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def server(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with SmolLM2 as bf16, fp32, int8 and nf4, all live."""
+    """A server with SmolLM2 as bf16, fp32, int8, nf4 and rtn, all live."""
     home = tmp_path_factory.mktemp("main-job") / "home"
     environment = {"LOWBIT_IMPORT_ROOTS": str(smollm2_gguf.parent)}
     with ServerProcess(home, environment=environment) as server:
         with Client(server.address) as client:
             client.wait_job(client.import_model("bf16", path=str(smollm2_gguf)).id)
             evaluation = Evaluation(max_tokens=512, window_tokens=256)
-            for scheme in ("fp32", "int8", "nf4"):
+            for scheme in ("fp32", "int8", "nf4", "rtn"):
                 job = client.quantize("bf16", scheme, scheme, evaluation=evaluation)
                 client.wait_job(job.id)
-            for name in ("bf16", "fp32", "int8", "nf4"):
+            for name in ("bf16", "fp32", "int8", "nf4", "rtn"):
                 client.load(name).wait()
         yield server
 
@@ -84,7 +84,7 @@ def test_greedy_output_equals_generate(name: str, server: ServerProcess) -> None
             assert stream.partial_text == text
 
 
-@pytest.mark.parametrize("name", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "nf4", "rtn"])
 def test_the_command_line_knows_paris(name: str, server: ServerProcess) -> None:
     command = [str(Path(sys.executable).parent / "lowbit"), "--address", server.address]
     command += ["generate", name, "The capital of France is"]
@@ -154,7 +154,7 @@ def test_smaller_is_smaller_and_measured(server: ServerProcess) -> None:
         # All parameters once (the head is tied), and next to nothing beside them.
         assert live["bf16"] == pytest.approx(2 * models["bf16"].parameters, rel=0.01)
         assert live["fp32"] == pytest.approx(4 * models["fp32"].parameters, rel=0.01)
-        for name in ("int8", "nf4"):
+        for name in ("int8", "nf4", "rtn"):
             quality = models[name].quality
             assert models[name].parent == "bf16"
             assert quality.base_perplexity < quality.perplexity * 1.01
