@@ -14,7 +14,7 @@ from lowbit_server.rpc import convert
 from lowbit_server.store import sources
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from lowbit_server.config import Config
     from lowbit_server.jobs.manager import JobManager
@@ -182,12 +182,27 @@ async def _follow(replicas: Sequence[Replica], context: Context) -> None:
             # Read with the message: the state may change while that is written.
             live = live and replica.state is ReplicaState.LIVE
             message = convert.load_progress(replica)
-            if message != sent.get(replica.worker):
+            last = sent.get(replica.worker)
+            if message != last:
                 sent[replica.worker] = message
+                for skipped in _passed(last, message):
+                    await context.write(skipped)
                 await context.write(message)
         if live:
             return
         await _first(change.wait() for change in changes)
+
+
+def _passed(last: pb.LoadResponse | None, now: pb.LoadResponse) -> Iterator[pb.LoadResponse]:
+    """Yield the ends of the phases that began and ended between two messages of a load."""
+    if last is not None:
+        for phase in range(last.phase + 1, now.phase):
+            yield pb.LoadResponse(
+                device=now.device,
+                worker=now.worker,
+                phase=pb.LoadPhase.ValueType(phase),
+                fraction=1.0,
+            )
 
 
 async def _first(waits: Iterable[Any]) -> None:
