@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,10 @@ from lowbit.cli.common import (
 )
 from lowbit.cli.progress import follow_job, follow_load
 from lowbit.v1.model_pb2 import ListModelsResponse, Model, ReplicaState
+
+if TYPE_CHECKING:
+    from lowbit.sync.client import Client
+    from lowbit.v1.job_pb2 import Job
 
 app = typer.Typer(help="List, show, check and remove models.", invoke_without_command=True)
 
@@ -54,13 +58,7 @@ def import_(  # noqa: PLR0913 - options of one request
                 request_id=request_id,
                 validate_only=dry_run,
             )
-        if dry_run:
-            typer.echo("all is well; nothing was started")
-        elif wait:
-            follow_job(client, job, f"import {name}")
-            typer.echo(model_line(client.get_model(name)))
-        else:
-            typer.echo(job.id)
+        finish_making(client, job, f"import {name}", dry_run=dry_run, wait=wait)
 
 
 def load(
@@ -179,6 +177,17 @@ def _row(model: Model) -> tuple[str, ...]:
         _perplexity(model),
         _live(model),
     )
+
+
+def finish_making(client: Client, job: Job, label: str, *, dry_run: bool, wait: bool) -> None:
+    """Say that a dry run went well, or follow the job to its model, or print the job's id."""
+    if dry_run:
+        typer.echo("all is well; nothing was started")
+    elif wait:
+        follow_job(client, job, label)
+        typer.echo(model_line(client.get_model(job.model)))
+    else:
+        typer.echo(job.id)
 
 
 def model_line(model: Model) -> str:

@@ -18,8 +18,7 @@ from lowbit.cli.common import (
     print_table,
     usage_errors,
 )
-from lowbit.cli.models import model_line
-from lowbit.cli.progress import follow_job
+from lowbit.cli.models import finish_making
 from lowbit.v1.quantization_pb2 import (
     Evaluation,
     ListSchemesResponse,
@@ -101,13 +100,7 @@ def quantize(  # noqa: PLR0913 - options of one request
                 request_id=request_id,
                 validate_only=dry_run,
             )
-        if dry_run:
-            typer.echo("all is well; nothing was started")
-        elif wait:
-            follow_job(client, job, f"quantize {target}")
-            typer.echo(model_line(client.get_model(target)))
-        else:
-            typer.echo(job.id)
+        finish_making(client, job, f"quantize {target}", dry_run=dry_run, wait=wait)
 
 
 def schemes(context: typer.Context, *, as_json: AsJson = False) -> None:
