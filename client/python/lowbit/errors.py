@@ -107,6 +107,14 @@ class LoadFailedError(FailedPreconditionError):
     """A worker could not make the model live; the message says why."""
 
 
+class CheckpointMismatchError(FailedPreconditionError):
+    """A job's checkpoint was made from other inputs; the message names what differs."""
+
+
+class JobNotResumableError(FailedPreconditionError):
+    """The job has not ended, ended well or would fail again."""
+
+
 class SchemeUnavailableError(FailedPreconditionError):
     """The scheme cannot be used on this server; the message says what to install."""
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from lowbit_server.jobs.context import Context
     from lowbit_server.jobs.spec import EvaluationSpec, QuantizeSpec
-    from lowbit_server.quant.methods import Method
+    from lowbit_server.quant.method import Method
     from lowbit_server.store.manifest import Quality
 
 # A 4-bit layer is stored as six tensors, weight and scales.

@@ -14,6 +14,22 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class CalibrationSpec(_Record):
+    """The text that calibrated methods see and how samples are drawn from it."""
+
+    text_path: str | None = None
+    """Local text file, already checked against the import roots; None is the built-in text."""
+    text_field: str = ""
+    """Field of each JSON line that holds the text; empty for plain text."""
+    text_inline: tuple[str, ...] = ()
+    dataset: str = ""
+    """Name of a hub data set, such as "wikitext2"."""
+    samples: int = 128
+    sequence_tokens: int = 512
+    seed: int = 0
+    chat_template: bool = False
+
+
 class EvaluationSpec(_Record):
     """Held-out text and how it is cut; windows do not overlap."""
 
@@ -22,6 +38,8 @@ class EvaluationSpec(_Record):
     text_field: str = ""
     """Field of each JSON line that holds the text; empty for plain text."""
     text_inline: tuple[str, ...] = ()
+    dataset: str = ""
+    """Name of a hub data set, such as "wikitext2"."""
     max_tokens: int = 4096
     window_tokens: int = 512
 
@@ -37,6 +55,8 @@ class GateSpec(_Record):
     """Smallest share of positions where the likeliest token is the source's."""
     max_bytes: int | None = None
     """Largest size on disk, bytes."""
+    keep_artifact: bool = False
+    """Publishes the artefact though a limit is missed."""
 
     @property
     def needs_quality(self) -> bool:
@@ -66,7 +86,10 @@ class QuantizeSpec(_Record):
     """Name of the model in the store that it is made from."""
     scheme: Scheme
     device: str
+    calibration: CalibrationSpec | None = None
+    """None for schemes that use no calibration text."""
     evaluation: EvaluationSpec | None = None
+    """None measures nothing."""
     gate: GateSpec | None = None
 
 

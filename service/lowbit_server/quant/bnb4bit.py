@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit_server.errors import invalid
 from lowbit_server.quant.casting import FLOAT_TYPES
+from lowbit_server.quant.method import Stateless
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ BLOCK_SIZE = 64
 ROW_TILE = 32
 
 
-class Bnb4BitMethod:
+class Bnb4BitMethod(Stateless):
     """Scales each block by its largest magnitude (Dettmers et al. 2023, section 3)."""
 
     def __init__(self, scheme: Bnb4BitScheme, device: str) -> None:

@@ -25,7 +25,7 @@ def check(gate: GateSpec, quality: Quality | None, disk_bytes: int) -> None:
             "min_top1_agreement": quality.top1_agreement,
         }
     missed = []
-    for name, limit in gate.model_dump(exclude_none=True).items():
+    for name, limit in gate.model_dump(exclude_none=True, exclude={"keep_artifact"}).items():
         found = measured.get(name)
         keeps = operator.ge if name.startswith("min_") else operator.le
         # Written so that a NaN keeps no limit.

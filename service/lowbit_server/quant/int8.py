@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit_server.quant.casting import cast
+from lowbit_server.quant.method import Stateless
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _ROW_MAJOR = 0
 
 
-class Int8Method:
+class Int8Method(Stateless):
     """Scales each row by its largest magnitude (Dettmers et al. 2022, section 3)."""
 
     def __init__(self, scheme: Int8Scheme, device: str) -> None:

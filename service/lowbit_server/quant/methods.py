@@ -1,16 +1,13 @@
-"""A method turns one block's tensors into those of a scheme; here is which does which.
-
-Imports torch: for job processes only. A method sees whole blocks in order, so that one
-with calibration can carry the activations from layer to layer.
-"""
+"""Which method makes which scheme. Imports torch: for job processes only."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.quant.bnb4bit import Bnb4BitMethod
 from lowbit_server.quant.int8 import Int8Method
+from lowbit_server.quant.method import Stateless
 from lowbit_server.quant.rtn import RtnMethod
 from lowbit_server.quant.schemes import Bnb4BitScheme, FloatScheme, Int8Scheme, RtnScheme
 
@@ -20,25 +17,11 @@ if TYPE_CHECKING:
     import torch
 
     from lowbit_server.quant.layout import Block, Linear
+    from lowbit_server.quant.method import Method
     from lowbit_server.quant.schemes import Scheme
 
 
-class Method(Protocol):
-    """Quantizes a model block by block."""
-
-    def check(self, linears: Sequence[Linear]) -> None:
-        """Raise INVALID_FIELD, before work starts, that names a layer it cannot take."""
-
-    def convert(
-        self, block: Block, read: Callable[[str], torch.Tensor]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield names and tensors of a block; `read` returns one of the source's."""
-
-    def quantization_config(self) -> dict[str, Any] | None:
-        """Return what config.json says about it, as transformers writes it."""
-
-
-class FloatMethod:
+class FloatMethod(Stateless):
     """Keeps every tensor; the cast happens where tensors are read."""
 
     def check(self, linears: Sequence[Linear]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit_server.errors import invalid
+from lowbit_server.quant.method import Stateless
 from lowbit_server.quant.packing import WORD_BITS, PackedLinear
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from lowbit_server.quant.schemes import RtnScheme
 
 
-class RtnMethod:
+class RtnMethod(Stateless):
     """Spreads each group's grid from its smallest to its largest weight, zero included."""
 
     def __init__(self, scheme: RtnScheme, device: str) -> None:

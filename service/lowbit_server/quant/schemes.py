@@ -55,6 +55,14 @@ class Bnb4BitScheme(_Options):
         return self.quant_type
 
 
+class LayerBits(_Options):
+    """Bits of one decoder layer's weights."""
+
+    layer: int
+    """Number of the decoder layer, from 0."""
+    bits: Literal[2, 3, 4, 8]
+
+
 class GptqScheme(_Options):
     """GPTQ (Frantar et al. 2023)."""
 
@@ -64,6 +72,8 @@ class GptqScheme(_Options):
     desc_act: bool = True
     sym: bool = False
     damp: float = 0.01
+    layers: tuple[LayerBits, ...] = ()
+    """Decoder layers that are stored with other bits."""
 
     @property
     def name(self) -> str:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, assert_never
 
-from lowbit.v1 import errors_pb2, generation_pb2, job_pb2, model_pb2, quantization_pb2, runtime_pb2
+from lowbit.v1 import (
+    errors_pb2,
+    generation_pb2,
+    job_pb2,
+    model_pb2,
+    quality_pb2,
+    quantization_pb2,
+    runtime_pb2,
+)
 from lowbit.worker.v1.worker_pb2 import Submit
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.manager import describe_source
@@ -78,6 +86,8 @@ def scheme(message: quantization_pb2.Scheme) -> Scheme:
             return AwqScheme(**_given(message.awq, "group_size", "zero_point"))
         case "rtn":
             return RtnScheme(**_given(message.rtn, "bits", "group_size", "sym"))
+        case "auto":
+            raise not_implemented("scheme.auto")
         case None:
             raise AssertionError  # required by the message's own rules
         case _:
@@ -166,9 +176,9 @@ def model(
     return message
 
 
-def quality(report: Quality) -> quantization_pb2.QualityReport:
+def quality(report: Quality) -> quality_pb2.QualityReport:
     """Return the message of a quality report."""
-    return quantization_pb2.QualityReport(**report.model_dump(exclude_none=True))
+    return quality_pb2.QualityReport(**report.model_dump(exclude_none=True))
 
 
 def load_progress(replica: Replica) -> model_pb2.LoadResponse:

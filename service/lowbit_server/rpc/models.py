@@ -133,6 +133,14 @@ class ModelService(ModelServiceServicer):
         files, count = await self._catalog.verify(self._catalog.resolve(request.model).name)
         return pb.VerifyModelResponse(files=files, bytes=count)
 
+    async def EstimateLoad(
+        self,
+        request: pb.EstimateLoadRequest,
+        context: Context,
+    ) -> pb.EstimateLoadResponse:
+        """Belongs to the estimates, which are not built yet."""
+        raise convert.not_implemented("EstimateLoad")
+
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         """Set, move or remove an alias."""
         if request.alias == request.model:

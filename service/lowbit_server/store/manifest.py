@@ -34,8 +34,40 @@ class Quality(BaseModel):
     perplexity: float
     base_perplexity: float
     mean_kl: float | None = None
+    median_kl: float | None = None
     p99_kl: float | None = None
+    max_kl: float | None = None
     top1_agreement: float | None = None
+    base: str = ""
+    """Name of the model that it was compared with."""
+    base_revision: str = ""
+    device: str = ""
+    disk_bytes: int = 0
+    base_disk_bytes: int = 0
+    live_bytes: int = 0
+    """Bytes live once loaded, without the KV cache."""
+    base_live_bytes: int = 0
+    prefill_tokens_per_second: float = 0
+    base_prefill_tokens_per_second: float = 0
+    decode_tokens_per_second: float = 0
+    """Of one stream."""
+    base_decode_tokens_per_second: float = 0
+    peak_memory_bytes: int = 0
+    """Of the process that measured."""
+
+
+class Ancestor(BaseModel):
+    """A model that another was made from, as it was then."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    revision: str
+    scheme: Scheme
+    calibration_digest: str = ""
+    source: str
+    source_digest: str
+    files: tuple[FileEntry, ...]
 
 
 class Manifest(BaseModel):
@@ -56,6 +88,10 @@ class Manifest(BaseModel):
     source: str
     source_digest: str
     parent: str = ""
+    ancestors: tuple[Ancestor, ...] = ()
+    """What it was made from, the nearest first; the last is what was imported."""
+    calibration_digest: str = ""
+    """Digest of the calibration samples; empty where none were used."""
     quality: Quality | None = None
     create_time: datetime
     libraries: dict[str, str]

@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from lowbit.v1 import model_pb2 as model
+from lowbit.v1 import quality_pb2
 from lowbit.v1 import quantization_pb2 as quantization
 from lowbit.v1 import runtime_pb2 as runtime
 from lowbit.v1.errors_pb2 import ERROR_REASON_DISK_FULL
@@ -42,7 +43,7 @@ MODEL = model.Model(
     parameters=135_000_000,
     context_tokens=8192,
     disk_bytes=2**20,
-    quality=quantization.QualityReport(perplexity=17.79),
+    quality=quality_pb2.QualityReport(perplexity=17.79),
     replicas=[model.Replica(worker="cpu/0", state=model.REPLICA_STATE_LIVE)],
 )
 JOB = Job(

@@ -15,6 +15,7 @@ from lowbit.cli import main
 from lowbit.cli import server as server_module
 from lowbit.cli.server import DemoError, DemoServer
 from lowbit.v1 import model_pb2 as model
+from lowbit.v1 import quality_pb2
 from lowbit.v1 import quantization_pb2 as quantization
 from lowbit.v1 import runtime_pb2 as runtime
 from lowbit.v1.job_pb2 import JOB_STATE_SUCCEEDED, Job, WatchJobResponse
@@ -71,7 +72,7 @@ def home(tmp_path: Path) -> Path:
 
 def script(server: FakeServer) -> None:
     """Let the fake server answer everything that the demo asks."""
-    quality = quantization.QualityReport(perplexity=17.5, base_perplexity=13.5)
+    quality = quality_pb2.QualityReport(perplexity=17.5, base_perplexity=13.5)
     done = WatchJobResponse(sequence=1, job=Job(id="j", state=JOB_STATE_SUCCEEDED))
     device = runtime.Device(
         workers=[runtime.Worker(state=runtime.WORKER_STATE_READY)],

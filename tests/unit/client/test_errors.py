@@ -27,6 +27,8 @@ REASONS = {
     "MODEL_IN_USE": (Code.FAILED_PRECONDITION, lowbit.ModelInUseError),
     "LOAD_FAILED": (Code.FAILED_PRECONDITION, lowbit.LoadFailedError),
     "JOB_NOT_ENDED": (Code.FAILED_PRECONDITION, lowbit.FailedPreconditionError),
+    "CHECKPOINT_MISMATCH": (Code.FAILED_PRECONDITION, lowbit.CheckpointMismatchError),
+    "JOB_NOT_RESUMABLE": (Code.FAILED_PRECONDITION, lowbit.JobNotResumableError),
     "QUEUE_FULL": (Code.RESOURCE_EXHAUSTED, lowbit.QueueFullError),
     "CLIENT_STALLED": (Code.RESOURCE_EXHAUSTED, lowbit.ClientStalledError),
     "INSUFFICIENT_DEVICE_MEMORY": (Code.RESOURCE_EXHAUSTED, lowbit.InsufficientMemoryError),

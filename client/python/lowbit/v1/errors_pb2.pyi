@@ -84,6 +84,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """DATA_LOSS: a stored file's digest differs from its manifest."""
     ERROR_REASON_LOAD_FAILED: _ErrorReason.ValueType  # 30
     """FAILED_PRECONDITION: the worker could not make the model live; the message says why."""
+    ERROR_REASON_CHECKPOINT_MISMATCH: _ErrorReason.ValueType  # 31
+    """FAILED_PRECONDITION: the job's checkpoint was made from other inputs; the message names what differs."""
+    ERROR_REASON_JOB_NOT_RESUMABLE: _ErrorReason.ValueType  # 32
+    """FAILED_PRECONDITION: the job cannot be resumed: it has not ended, it ended well or it would fail again."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or a job failed. Every error status carries a google.rpc.ErrorInfo
@@ -153,4 +157,8 @@ ERROR_REASON_ARTIFACT_CORRUPT: ErrorReason.ValueType  # 29
 """DATA_LOSS: a stored file's digest differs from its manifest."""
 ERROR_REASON_LOAD_FAILED: ErrorReason.ValueType  # 30
 """FAILED_PRECONDITION: the worker could not make the model live; the message says why."""
+ERROR_REASON_CHECKPOINT_MISMATCH: ErrorReason.ValueType  # 31
+"""FAILED_PRECONDITION: the job's checkpoint was made from other inputs; the message names what differs."""
+ERROR_REASON_JOB_NOT_RESUMABLE: ErrorReason.ValueType  # 32
+"""FAILED_PRECONDITION: the job cannot be resumed: it has not ended, it ended well or it would fail again."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -25,9 +25,10 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from lowbit.v1 import errors_pb2 as lowbit_dot_v1_dot_errors__pb2
+from lowbit.v1 import quality_pb2 as lowbit_dot_v1_dot_quality__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13lowbit/v1/job.proto\x12\tlowbit.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16lowbit/v1/errors.proto\"\xd1\x01\n\x0bJobProgress\x12)\n\x05phase\x18\x01 \x01(\x0e\x32\x13.lowbit.v1.JobPhaseR\x05phase\x12\x12\n\x04\x64one\x18\x02 \x01(\rR\x04\x64one\x12\x14\n\x05total\x18\x03 \x01(\rR\x05total\x12\x14\n\x05\x62ytes\x18\x04 \x01(\x04R\x05\x62ytes\x12+\n\x03\x65ta\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationR\x03\x65ta\x12*\n\x11peak_memory_bytes\x18\x06 \x01(\x04R\x0fpeakMemoryBytes\"T\n\x08JobError\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.lowbit.v1.ErrorReasonR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"\x9e\x04\n\x03Job\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x12.lowbit.v1.JobKindR\x04kind\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x13.lowbit.v1.JobStateR\x05state\x12\x14\n\x05model\x18\x04 \x01(\tR\x05model\x12\x16\n\x06source\x18\x05 \x01(\tR\x06source\x12\x16\n\x06scheme\x18\x06 \x01(\tR\x06scheme\x12%\n\x0equeue_position\x18\x07 \x01(\rR\rqueuePosition\x12\x32\n\x08progress\x18\x08 \x01(\x0b\x32\x16.lowbit.v1.JobProgressR\x08progress\x12)\n\x05\x65rror\x18\t \x01(\x0b\x32\x13.lowbit.v1.JobErrorR\x05\x65rror\x12;\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x39\n\nstart_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12\x1d\n\nrequest_id\x18\r \x01(\tR\trequestId\x12\x1a\n\x08sequence\x18\x0e \x01(\x04R\x08sequence\"*\n\rGetJobRequest\x12\x19\n\x02id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x02id\"2\n\x0eGetJobResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x0e.lowbit.v1.JobR\x03job\"\xb6\x01\n\x0fListJobsRequest\x12,\n\tpage_size\x18\x01 \x01(\rB\n\xbaH\x07*\x05\x18\xe8\x07(\x01H\x00R\x08pageSize\x88\x01\x01\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\tpageToken\x12>\n\x06states\x18\x03 \x03(\x0e\x32\x13.lowbit.v1.JobStateB\x11\xbaH\x0e\x92\x01\x0b\x10\x10\"\x07\x82\x01\x04\x10\x01 \x00R\x06statesB\x0c\n\n_page_size\"^\n\x10ListJobsResponse\x12\"\n\x04jobs\x18\x01 \x03(\x0b\x32\x0e.lowbit.v1.JobR\x04jobs\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"S\n\x0fWatchJobRequest\x12\x19\n\x02id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x02id\x12%\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04R\rafterSequence\"P\n\x10WatchJobResponse\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12 \n\x03job\x18\x02 \x01(\x0b\x32\x0e.lowbit.v1.JobR\x03job\"-\n\x10\x43\x61ncelJobRequest\x12\x19\n\x02id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x02id\"5\n\x11\x43\x61ncelJobResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x0e.lowbit.v1.JobR\x03job\"-\n\x10ResumeJobRequest\x12\x19\n\x02id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x02id\"5\n\x11ResumeJobResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x0e.lowbit.v1.JobR\x03job\"-\n\x10\x44\x65leteJobRequest\x12\x19\n\x02id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x02id\"\x13\n\x11\x44\x65leteJobResponse*f\n\x07JobKind\x12\x18\n\x14JOB_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fJOB_KIND_IMPORT\x10\x01\x12\x15\n\x11JOB_KIND_QUANTIZE\x10\x02\x12\x15\n\x11JOB_KIND_EVALUATE\x10\x03*\xca\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x18\n\x14JOB_STATE_CANCELLING\x10\x03\x12\x14\n\x10JOB_STATE_PAUSED\x10\x04\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x05\x12\x14\n\x10JOB_STATE_FAILED\x10\x06\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x07*\x9a\x01\n\x08JobPhase\x12\x19\n\x15JOB_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12JOB_PHASE_DOWNLOAD\x10\x01\x12\x17\n\x13JOB_PHASE_CALIBRATE\x10\x02\x12\x16\n\x12JOB_PHASE_QUANTIZE\x10\x03\x12\x12\n\x0eJOB_PHASE_SAVE\x10\x04\x12\x16\n\x12JOB_PHASE_EVALUATE\x10\x05\x32\xaf\x03\n\nJobService\x12=\n\x06GetJob\x12\x18.lowbit.v1.GetJobRequest\x1a\x19.lowbit.v1.GetJobResponse\x12\x43\n\x08ListJobs\x12\x1a.lowbit.v1.ListJobsRequest\x1a\x1b.lowbit.v1.ListJobsResponse\x12\x45\n\x08WatchJob\x12\x1a.lowbit.v1.WatchJobRequest\x1a\x1b.lowbit.v1.WatchJobResponse0\x01\x12\x46\n\tCancelJob\x12\x1b.lowbit.v1.CancelJobRequest\x1a\x1c.lowbit.v1.CancelJobResponse\x12\x46\n\tResumeJob\x12\x1b.lowbit.v1.ResumeJobRequest\x1a\x1c.lowbit.v1.ResumeJobResponse\x12\x46\n\tDeleteJob\x12\x1b.lowbit.v1.DeleteJobRequest\x1a\x1c.lowbit.v1.DeleteJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13lowbit/v1/job.proto\x12\tlowbit.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16lowbit/v1/errors.proto\x1a\x17lowbit/v1/quality.proto\"\xd1\x01\n\x0bJobProgress\x12)\n\x05phase\x18\x01 \x01(\x0e\x32\x13.lowbit.v1.JobPhaseR\x05phase\x12\x12\n\x04\x64one\x18\x02 \x01(\rR\x04\x64one\x12\x14\n\x05total\x18\x03 \x01(\rR\x05total\x12\x14\n\x05\x62ytes\x18\x04 \x01(\x04R\x05\x62ytes\x12+\n\x03\x65ta\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationR\x03\x65ta\x12*\n\x11peak_memory_bytes\x18\x06 \x01(\x04R\x0fpeakMemoryBytes\"T\n\x08JobError\x12.\n\x06reason\x18\x01 \x01(\x0e\x32\x16.lowbit.v1.ErrorReasonR\x06reason\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"\xb2\x05\n\x03Job\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x12.lowbit.v1.JobKindR\x04kind\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x13.lowbit.v1.JobStateR\x05state\x12\x14\n\x05model\x18\x04 \x01(\tR\x05model\x12\x16\n\x06source\x18\x05 \x01(\tR\x06source\x12\x16\n\x06scheme\x18\x06 \x01(\tR\x06scheme\x12%\n\x0equeue_position\x18\x07 \x01(\rR\rqueuePosition\x12\x32\n\x08progress\x18\x08 \x01(\x0b\x32\x16.lowbit.v1.JobProgressR\x08progress\x12)\n\x05\x65rror\x18\t \x01(\x0b\x32\x13.lowbit.v1.JobErrorR\x05\x65rror\x12;\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x39\n\nstart_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x35\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12\x1d\n\nrequest_id\x18\r \x01(\tR\trequestId\x12\x1a\n\x08sequence\x18\x0e \x01(\x04R\x08sequence\x12\x32\n\x07quality\x18\x0f \x01(\x0b\x32\x18.lowbit.v1.QualityReportR\x07quality\x12(\n\x06trials\x18\x10 \x03(\x0b\x32\x10.lowbit.v1.TrialR\x06trials\x12\x1c\n\tresumable\x18\x11 \x01(\x08R\tresumable\x12\x16\n\x06\x64\x65vice\x18\x12 \x01(\tR\x06\x64\x65vice\"*\n\rGetJobRequest\x12\x19\n\x02id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x02id\"2\n\x0eGetJobResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x0e.lowbit.v1.JobR\x03job\"\xb6\x01\n\x0fListJobsRequest\x12,\n\tpage_size\x18\x01 \x01(\rB\n\xbaH\x07*\x05\x18\xe8\x07(\x01H\x00R\x08pageSize\x88\x01\x01\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\tpageToken\x12>\n\x06states\x18\x03 \x03(\x0e\x32\x13.lowbit.v1.JobStateB\x11\xbaH\x0e\x92\x01\x0b\x10\x10\"\x07\x82\x01\x04\x10\x01 \x00R\x06statesB\x0c\n\n_page_size\"^\n\x10ListJobsResponse\x12\"\n\x04jobs\x18\x01 \x03(\x0b\x32\x0e.lowbit.v1.JobR\x04jobs\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"S\n\x0fWatchJobRequest\x12\x19\n\x02id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x02id\x12%\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04R\rafterSequence\"P\n\x10WatchJobResponse\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12 \n\x03job\x18\x02 \x01(\x0b\x32\x0e.lowbit.v1.JobR\x03job\"-\n\x10\x43\x61ncelJobRequest\x12\x19\n\x02id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x02id\"5\n\x11\x43\x61ncelJobResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x0e.lowbit.v1.JobR\x03job\"-\n\x10ResumeJobRequest\x12\x19\n\x02id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x02id\"5\n\x11ResumeJobResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x0e.lowbit.v1.JobR\x03job\"-\n\x10\x44\x65leteJobRequest\x12\x19\n\x02id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x02id\"\x13\n\x11\x44\x65leteJobResponse*f\n\x07JobKind\x12\x18\n\x14JOB_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fJOB_KIND_IMPORT\x10\x01\x12\x15\n\x11JOB_KIND_QUANTIZE\x10\x02\x12\x15\n\x11JOB_KIND_EVALUATE\x10\x03*\xca\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x18\n\x14JOB_STATE_CANCELLING\x10\x03\x12\x14\n\x10JOB_STATE_PAUSED\x10\x04\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x05\x12\x14\n\x10JOB_STATE_FAILED\x10\x06\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x07*\x9a\x01\n\x08JobPhase\x12\x19\n\x15JOB_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12JOB_PHASE_DOWNLOAD\x10\x01\x12\x17\n\x13JOB_PHASE_CALIBRATE\x10\x02\x12\x16\n\x12JOB_PHASE_QUANTIZE\x10\x03\x12\x12\n\x0eJOB_PHASE_SAVE\x10\x04\x12\x16\n\x12JOB_PHASE_EVALUATE\x10\x05\x32\xaf\x03\n\nJobService\x12=\n\x06GetJob\x12\x18.lowbit.v1.GetJobRequest\x1a\x19.lowbit.v1.GetJobResponse\x12\x43\n\x08ListJobs\x12\x1a.lowbit.v1.ListJobsRequest\x1a\x1b.lowbit.v1.ListJobsResponse\x12\x45\n\x08WatchJob\x12\x1a.lowbit.v1.WatchJobRequest\x1a\x1b.lowbit.v1.WatchJobResponse0\x01\x12\x46\n\tCancelJob\x12\x1b.lowbit.v1.CancelJobRequest\x1a\x1c.lowbit.v1.CancelJobResponse\x12\x46\n\tResumeJob\x12\x1b.lowbit.v1.ResumeJobRequest\x1a\x1c.lowbit.v1.ResumeJobResponse\x12\x46\n\tDeleteJob\x12\x1b.lowbit.v1.DeleteJobRequest\x1a\x1c.lowbit.v1.DeleteJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,42 +51,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESUMEJOBREQUEST'].fields_by_name['id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_DELETEJOBREQUEST'].fields_by_name['id']._loaded_options = None
   _globals['_DELETEJOBREQUEST'].fields_by_name['id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_JOBKIND']._serialized_start=1782
-  _globals['_JOBKIND']._serialized_end=1884
-  _globals['_JOBSTATE']._serialized_start=1887
-  _globals['_JOBSTATE']._serialized_end=2089
-  _globals['_JOBPHASE']._serialized_start=2092
-  _globals['_JOBPHASE']._serialized_end=2246
-  _globals['_JOBPROGRESS']._serialized_start=124
-  _globals['_JOBPROGRESS']._serialized_end=333
-  _globals['_JOBERROR']._serialized_start=335
-  _globals['_JOBERROR']._serialized_end=419
-  _globals['_JOB']._serialized_start=422
-  _globals['_JOB']._serialized_end=964
-  _globals['_GETJOBREQUEST']._serialized_start=966
-  _globals['_GETJOBREQUEST']._serialized_end=1008
-  _globals['_GETJOBRESPONSE']._serialized_start=1010
-  _globals['_GETJOBRESPONSE']._serialized_end=1060
-  _globals['_LISTJOBSREQUEST']._serialized_start=1063
-  _globals['_LISTJOBSREQUEST']._serialized_end=1245
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1247
-  _globals['_LISTJOBSRESPONSE']._serialized_end=1341
-  _globals['_WATCHJOBREQUEST']._serialized_start=1343
-  _globals['_WATCHJOBREQUEST']._serialized_end=1426
-  _globals['_WATCHJOBRESPONSE']._serialized_start=1428
-  _globals['_WATCHJOBRESPONSE']._serialized_end=1508
-  _globals['_CANCELJOBREQUEST']._serialized_start=1510
-  _globals['_CANCELJOBREQUEST']._serialized_end=1555
-  _globals['_CANCELJOBRESPONSE']._serialized_start=1557
-  _globals['_CANCELJOBRESPONSE']._serialized_end=1610
-  _globals['_RESUMEJOBREQUEST']._serialized_start=1612
-  _globals['_RESUMEJOBREQUEST']._serialized_end=1657
-  _globals['_RESUMEJOBRESPONSE']._serialized_start=1659
-  _globals['_RESUMEJOBRESPONSE']._serialized_end=1712
-  _globals['_DELETEJOBREQUEST']._serialized_start=1714
-  _globals['_DELETEJOBREQUEST']._serialized_end=1759
-  _globals['_DELETEJOBRESPONSE']._serialized_start=1761
-  _globals['_DELETEJOBRESPONSE']._serialized_end=1780
-  _globals['_JOBSERVICE']._serialized_start=2249
-  _globals['_JOBSERVICE']._serialized_end=2680
+  _globals['_JOBKIND']._serialized_start=1955
+  _globals['_JOBKIND']._serialized_end=2057
+  _globals['_JOBSTATE']._serialized_start=2060
+  _globals['_JOBSTATE']._serialized_end=2262
+  _globals['_JOBPHASE']._serialized_start=2265
+  _globals['_JOBPHASE']._serialized_end=2419
+  _globals['_JOBPROGRESS']._serialized_start=149
+  _globals['_JOBPROGRESS']._serialized_end=358
+  _globals['_JOBERROR']._serialized_start=360
+  _globals['_JOBERROR']._serialized_end=444
+  _globals['_JOB']._serialized_start=447
+  _globals['_JOB']._serialized_end=1137
+  _globals['_GETJOBREQUEST']._serialized_start=1139
+  _globals['_GETJOBREQUEST']._serialized_end=1181
+  _globals['_GETJOBRESPONSE']._serialized_start=1183
+  _globals['_GETJOBRESPONSE']._serialized_end=1233
+  _globals['_LISTJOBSREQUEST']._serialized_start=1236
+  _globals['_LISTJOBSREQUEST']._serialized_end=1418
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1420
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1514
+  _globals['_WATCHJOBREQUEST']._serialized_start=1516
+  _globals['_WATCHJOBREQUEST']._serialized_end=1599
+  _globals['_WATCHJOBRESPONSE']._serialized_start=1601
+  _globals['_WATCHJOBRESPONSE']._serialized_end=1681
+  _globals['_CANCELJOBREQUEST']._serialized_start=1683
+  _globals['_CANCELJOBREQUEST']._serialized_end=1728
+  _globals['_CANCELJOBRESPONSE']._serialized_start=1730
+  _globals['_CANCELJOBRESPONSE']._serialized_end=1783
+  _globals['_RESUMEJOBREQUEST']._serialized_start=1785
+  _globals['_RESUMEJOBREQUEST']._serialized_end=1830
+  _globals['_RESUMEJOBRESPONSE']._serialized_start=1832
+  _globals['_RESUMEJOBRESPONSE']._serialized_end=1885
+  _globals['_DELETEJOBREQUEST']._serialized_start=1887
+  _globals['_DELETEJOBREQUEST']._serialized_end=1932
+  _globals['_DELETEJOBRESPONSE']._serialized_start=1934
+  _globals['_DELETEJOBRESPONSE']._serialized_end=1953
+  _globals['_JOBSERVICE']._serialized_start=2422
+  _globals['_JOBSERVICE']._serialized_end=2853
 # @@protoc_insertion_point(module_scope)

@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from lowbit.v1 import errors_pb2 as _errors_pb2
+from lowbit.v1 import quality_pb2 as _quality_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -220,6 +221,10 @@ class Job(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    TRIALS_FIELD_NUMBER: _builtins.int
+    RESUMABLE_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, made by the server."""
     kind: Global___JobKind.ValueType
@@ -238,6 +243,10 @@ class Job(_message.Message):
     """The request_id that made it."""
     sequence: _builtins.int
     """Sequence number of its newest event."""
+    resumable: _builtins.bool
+    """Whether it has ended and ResumeJob can go on with it."""
+    device: _builtins.str
+    """Device that it works on; jobs of one device wait for each other."""
     @_builtins.property
     def progress(self) -> Global___JobProgress:
         """Last progress."""
@@ -258,6 +267,14 @@ class Job(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """When it ended."""
 
+    @_builtins.property
+    def quality(self) -> _quality_pb2.QualityReport:
+        """What an evaluation measured; set once it ended well."""
+
+    @_builtins.property
+    def trials(self) -> _containers.RepeatedCompositeFieldContainer[_quality_pb2.Trial]:
+        """What scheme `auto` has tried so far."""
+
     def __init__(
         self,
         *,
@@ -275,10 +292,14 @@ class Job(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         request_id: _builtins.str = ...,
         sequence: _builtins.int = ...,
+        quality: _quality_pb2.QualityReport | None = ...,
+        trials: _abc.Iterable[_quality_pb2.Trial] | None = ...,
+        resumable: _builtins.bool = ...,
+        device: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "progress", b"progress", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "progress", b"progress", "quality", b"quality", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "id", b"id", "kind", b"kind", "model", b"model", "progress", b"progress", "queue_position", b"queue_position", "request_id", b"request_id", "scheme", b"scheme", "sequence", b"sequence", "source", b"source", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "end_time", b"end_time", "error", b"error", "id", b"id", "kind", b"kind", "model", b"model", "progress", b"progress", "quality", b"quality", "queue_position", b"queue_position", "request_id", b"request_id", "resumable", b"resumable", "scheme", b"scheme", "sequence", b"sequence", "source", b"source", "start_time", b"start_time", "state", b"state", "trials", b"trials"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

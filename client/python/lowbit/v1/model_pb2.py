@@ -25,10 +25,11 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from lowbit.v1 import job_pb2 as lowbit_dot_v1_dot_job__pb2
+from lowbit.v1 import quality_pb2 as lowbit_dot_v1_dot_quality__pb2
 from lowbit.v1 import quantization_pb2 as lowbit_dot_v1_dot_quantization__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lowbit/v1/model.proto\x12\tlowbit.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13lowbit/v1/job.proto\x1a\x1clowbit/v1/quantization.proto\"M\n\tModelFile\x12\x12\n\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n\x05\x62ytes\x18\x02 \x01(\x04R\x05\x62ytes\x12\x16\n\x06sha256\x18\x03 \x01(\tR\x06sha256\"\x87\x01\n\x07Replica\x12\x16\n\x06\x64\x65vice\x18\x01 \x01(\tR\x06\x64\x65vice\x12\x16\n\x06worker\x18\x02 \x01(\tR\x06worker\x12-\n\x05state\x18\x03 \x01(\x0e\x32\x17.lowbit.v1.ReplicaStateR\x05state\x12\x1d\n\nlive_bytes\x18\x04 \x01(\x04R\tliveBytes\"\xcf\x04\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n\x08revision\x18\x02 \x01(\tR\x08revision\x12\x16\n\x06scheme\x18\x03 \x01(\tR\x06scheme\x12\x38\n\x0escheme_options\x18\x04 \x01(\x0b\x32\x11.lowbit.v1.SchemeR\rschemeOptions\x12\"\n\x0c\x61rchitecture\x18\x05 \x01(\tR\x0c\x61rchitecture\x12\x1e\n\nparameters\x18\x06 \x01(\x04R\nparameters\x12%\n\x0e\x63ontext_tokens\x18\x07 \x01(\rR\rcontextTokens\x12\x1d\n\ndisk_bytes\x18\x08 \x01(\x04R\tdiskBytes\x12*\n\x05\x66iles\x18\t \x03(\x0b\x32\x14.lowbit.v1.ModelFileR\x05\x66iles\x12\x16\n\x06source\x18\n \x01(\tR\x06source\x12#\n\rsource_digest\x18\x0b \x01(\tR\x0csourceDigest\x12\x16\n\x06parent\x18\x0c \x01(\tR\x06parent\x12\x32\n\x07quality\x18\r \x01(\x0b\x32\x18.lowbit.v1.QualityReportR\x07quality\x12;\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x18\n\x07\x61liases\x18\x0f \x03(\tR\x07\x61liases\x12.\n\x08replicas\x18\x10 \x03(\x0b\x32\x12.lowbit.v1.ReplicaR\x08replicas\"\x89\x01\n\x0bLoadRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\x12\x1f\n\x06\x64\x65vice\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x06\x64\x65vice\x12*\n\x08replicas\x18\x03 \x01(\rB\t\xbaH\x06*\x04\x18@(\x01H\x00R\x08replicas\x88\x01\x01\x42\x0b\n\t_replicas\"\xa5\x01\n\x0cLoadResponse\x12\x16\n\x06\x64\x65vice\x18\x01 \x01(\tR\x06\x64\x65vice\x12\x16\n\x06worker\x18\x02 \x01(\tR\x06worker\x12*\n\x05phase\x18\x03 \x01(\x0e\x32\x14.lowbit.v1.LoadPhaseR\x05phase\x12\x1a\n\x08\x66raction\x18\x04 \x01(\x02R\x08\x66raction\x12\x1d\n\nlive_bytes\x18\x05 \x01(\x04R\tliveBytes\"\x97\x01\n\rUnloadRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\x12N\n\rdrain_timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\xbaH\x0b\xaa\x01\x08\"\x04\x08\x80\xa3\x05\x32\x00R\x0c\x64rainTimeout\x12\x14\n\x05\x66orce\x18\x03 \x01(\x08R\x05\x66orce\"M\n\x0eUnloadResponse\x12\x1a\n\x08replicas\x18\x01 \x01(\rR\x08replicas\x12\x1f\n\x0b\x66reed_bytes\x18\x02 \x01(\x04R\nfreedBytes\"c\n\x0bModelSource\x12 \n\x04path\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 H\x00R\x04path\x12#\n\x06hub_id\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02H\x00R\x05hubIdB\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"\x84\x02\n\x12ImportModelRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\x12\x36\n\x06source\x18\x02 \x01(\x0b\x32\x16.lowbit.v1.ModelSourceB\x06\xbaH\x03\xc8\x01\x01R\x06source\x12\x32\n\x04type\x18\x03 \x01(\x0e\x32\x14.lowbit.v1.FloatTypeB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04type\x12;\n\nrequest_id\x18\x04 \x01(\tB\x1c\xbaH\x19r\x17\x18\x80\x01\x32\x12^[A-Za-z0-9._:-]*$R\trequestId\x12#\n\rvalidate_only\x18\x05 \x01(\x08R\x0cvalidateOnly\"7\n\x13ImportModelResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x0e.lowbit.v1.JobR\x03job\"3\n\x0fGetModelRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\":\n\x10GetModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x10.lowbit.v1.ModelR\x05model\"x\n\x11ListModelsRequest\x12,\n\tpage_size\x18\x01 \x01(\rB\n\xbaH\x07*\x05\x18\xe8\x07(\x01H\x00R\x08pageSize\x88\x01\x01\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\tpageTokenB\x0c\n\n_page_size\"f\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x10.lowbit.v1.ModelR\x06models\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"6\n\x12\x44\x65leteModelRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\"\x15\n\x13\x44\x65leteModelResponse\"6\n\x12VerifyModelRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\"A\n\x13VerifyModelResponse\x12\x14\n\x05\x66iles\x18\x01 \x01(\rR\x05\x66iles\x12\x14\n\x05\x62ytes\x18\x02 \x01(\x04R\x05\x62ytes\"S\n\x0fSetAliasRequest\x12 \n\x05\x61lias\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05\x61lias\x12\x1e\n\x05model\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x05model\"\x12\n\x10SetAliasResponse\"5\n\x11WatchModelRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\"<\n\x12WatchModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x10.lowbit.v1.ModelR\x05model*|\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_LOADING\x10\x01\x12\x16\n\x12REPLICA_STATE_LIVE\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03*\x7f\n\tLoadPhase\x12\x1a\n\x16LOAD_PHASE_UNSPECIFIED\x10\x00\x12\x13\n\x0fLOAD_PHASE_READ\x10\x01\x12\x14\n\x10LOAD_PHASE_PLACE\x10\x02\x12\x16\n\x12LOAD_PHASE_WARM_UP\x10\x03\x12\x13\n\x0fLOAD_PHASE_LIVE\x10\x04\x32\x94\x05\n\x0cModelService\x12\x39\n\x04Load\x12\x16.lowbit.v1.LoadRequest\x1a\x17.lowbit.v1.LoadResponse0\x01\x12=\n\x06Unload\x12\x18.lowbit.v1.UnloadRequest\x1a\x19.lowbit.v1.UnloadResponse\x12L\n\x0bImportModel\x12\x1d.lowbit.v1.ImportModelRequest\x1a\x1e.lowbit.v1.ImportModelResponse\x12\x43\n\x08GetModel\x12\x1a.lowbit.v1.GetModelRequest\x1a\x1b.lowbit.v1.GetModelResponse\x12I\n\nListModels\x12\x1c.lowbit.v1.ListModelsRequest\x1a\x1d.lowbit.v1.ListModelsResponse\x12L\n\x0b\x44\x65leteModel\x12\x1d.lowbit.v1.DeleteModelRequest\x1a\x1e.lowbit.v1.DeleteModelResponse\x12L\n\x0bVerifyModel\x12\x1d.lowbit.v1.VerifyModelRequest\x1a\x1e.lowbit.v1.VerifyModelResponse\x12\x43\n\x08SetAlias\x12\x1a.lowbit.v1.SetAliasRequest\x1a\x1b.lowbit.v1.SetAliasResponse\x12K\n\nWatchModel\x12\x1c.lowbit.v1.WatchModelRequest\x1a\x1d.lowbit.v1.WatchModelResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lowbit/v1/model.proto\x12\tlowbit.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13lowbit/v1/job.proto\x1a\x17lowbit/v1/quality.proto\x1a\x1clowbit/v1/quantization.proto\"M\n\tModelFile\x12\x12\n\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n\x05\x62ytes\x18\x02 \x01(\x04R\x05\x62ytes\x12\x16\n\x06sha256\x18\x03 \x01(\tR\x06sha256\"\x87\x01\n\x07Replica\x12\x16\n\x06\x64\x65vice\x18\x01 \x01(\tR\x06\x64\x65vice\x12\x16\n\x06worker\x18\x02 \x01(\tR\x06worker\x12-\n\x05state\x18\x03 \x01(\x0e\x32\x17.lowbit.v1.ReplicaStateR\x05state\x12\x1d\n\nlive_bytes\x18\x04 \x01(\x04R\tliveBytes\"\xe3\x05\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n\x08revision\x18\x02 \x01(\tR\x08revision\x12\x16\n\x06scheme\x18\x03 \x01(\tR\x06scheme\x12\x38\n\x0escheme_options\x18\x04 \x01(\x0b\x32\x11.lowbit.v1.SchemeR\rschemeOptions\x12\"\n\x0c\x61rchitecture\x18\x05 \x01(\tR\x0c\x61rchitecture\x12\x1e\n\nparameters\x18\x06 \x01(\x04R\nparameters\x12%\n\x0e\x63ontext_tokens\x18\x07 \x01(\rR\rcontextTokens\x12\x1d\n\ndisk_bytes\x18\x08 \x01(\x04R\tdiskBytes\x12*\n\x05\x66iles\x18\t \x03(\x0b\x32\x14.lowbit.v1.ModelFileR\x05\x66iles\x12\x16\n\x06source\x18\n \x01(\tR\x06source\x12#\n\rsource_digest\x18\x0b \x01(\tR\x0csourceDigest\x12\x16\n\x06parent\x18\x0c \x01(\tR\x06parent\x12\x32\n\x07quality\x18\r \x01(\x0b\x32\x18.lowbit.v1.QualityReportR\x07quality\x12;\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x18\n\x07\x61liases\x18\x0f \x03(\tR\x07\x61liases\x12.\n\x08replicas\x18\x10 \x03(\x0b\x32\x12.lowbit.v1.ReplicaR\x08replicas\x12-\n\x12\x63\x61libration_digest\x18\x11 \x01(\tR\x11\x63\x61librationDigest\x12\x30\n\tlibraries\x18\x12 \x03(\x0b\x32\x12.lowbit.v1.LibraryR\tlibraries\x12\x31\n\tancestors\x18\x13 \x03(\x0b\x32\x13.lowbit.v1.AncestorR\tancestors\"7\n\x07Library\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n\x07version\x18\x02 \x01(\tR\x07version\"\xea\x01\n\x08\x41ncestor\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n\x08revision\x18\x02 \x01(\tR\x08revision\x12\x16\n\x06scheme\x18\x03 \x01(\tR\x06scheme\x12-\n\x12\x63\x61libration_digest\x18\x04 \x01(\tR\x11\x63\x61librationDigest\x12\x16\n\x06source\x18\x05 \x01(\tR\x06source\x12#\n\rsource_digest\x18\x06 \x01(\tR\x0csourceDigest\x12*\n\x05\x66iles\x18\x07 \x03(\x0b\x32\x14.lowbit.v1.ModelFileR\x05\x66iles\"\x89\x01\n\x0bLoadRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\x12\x1f\n\x06\x64\x65vice\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x06\x64\x65vice\x12*\n\x08replicas\x18\x03 \x01(\rB\t\xbaH\x06*\x04\x18@(\x01H\x00R\x08replicas\x88\x01\x01\x42\x0b\n\t_replicas\"\xa5\x01\n\x0cLoadResponse\x12\x16\n\x06\x64\x65vice\x18\x01 \x01(\tR\x06\x64\x65vice\x12\x16\n\x06worker\x18\x02 \x01(\tR\x06worker\x12*\n\x05phase\x18\x03 \x01(\x0e\x32\x14.lowbit.v1.LoadPhaseR\x05phase\x12\x1a\n\x08\x66raction\x18\x04 \x01(\x02R\x08\x66raction\x12\x1d\n\nlive_bytes\x18\x05 \x01(\x04R\tliveBytes\"\x97\x01\n\rUnloadRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\x12N\n\rdrain_timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\xbaH\x0b\xaa\x01\x08\"\x04\x08\x80\xa3\x05\x32\x00R\x0c\x64rainTimeout\x12\x14\n\x05\x66orce\x18\x03 \x01(\x08R\x05\x66orce\"M\n\x0eUnloadResponse\x12\x1a\n\x08replicas\x18\x01 \x01(\rR\x08replicas\x12\x1f\n\x0b\x66reed_bytes\x18\x02 \x01(\x04R\nfreedBytes\"c\n\x0bModelSource\x12 \n\x04path\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 H\x00R\x04path\x12#\n\x06hub_id\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02H\x00R\x05hubIdB\r\n\x04kind\x12\x05\xbaH\x02\x08\x01\"\x84\x02\n\x12ImportModelRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\x12\x36\n\x06source\x18\x02 \x01(\x0b\x32\x16.lowbit.v1.ModelSourceB\x06\xbaH\x03\xc8\x01\x01R\x06source\x12\x32\n\x04type\x18\x03 \x01(\x0e\x32\x14.lowbit.v1.FloatTypeB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04type\x12;\n\nrequest_id\x18\x04 \x01(\tB\x1c\xbaH\x19r\x17\x18\x80\x01\x32\x12^[A-Za-z0-9._:-]*$R\trequestId\x12#\n\rvalidate_only\x18\x05 \x01(\x08R\x0cvalidateOnly\"7\n\x13ImportModelResponse\x12 \n\x03job\x18\x01 \x01(\x0b\x32\x0e.lowbit.v1.JobR\x03job\"3\n\x0fGetModelRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\":\n\x10GetModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x10.lowbit.v1.ModelR\x05model\"x\n\x11ListModelsRequest\x12,\n\tpage_size\x18\x01 \x01(\rB\n\xbaH\x07*\x05\x18\xe8\x07(\x01H\x00R\x08pageSize\x88\x01\x01\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\tpageTokenB\x0c\n\n_page_size\"f\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x10.lowbit.v1.ModelR\x06models\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"6\n\x12\x44\x65leteModelRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\"\x15\n\x13\x44\x65leteModelResponse\"6\n\x12VerifyModelRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\"A\n\x13VerifyModelResponse\x12\x14\n\x05\x66iles\x18\x01 \x01(\rR\x05\x66iles\x12\x14\n\x05\x62ytes\x18\x02 \x01(\x04R\x05\x62ytes\"S\n\x0fSetAliasRequest\x12 \n\x05\x61lias\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05\x61lias\x12\x1e\n\x05model\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x05model\"\x12\n\x10SetAliasResponse\"5\n\x11WatchModelRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\"<\n\x12WatchModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x10.lowbit.v1.ModelR\x05model\"7\n\x13\x45stimateLoadRequest\x12 \n\x05model\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x05model\"\xe9\x01\n\x0cLoadEstimate\x12\x16\n\x06\x64\x65vice\x18\x01 \x01(\tR\x06\x64\x65vice\x12\x1d\n\nlive_bytes\x18\x02 \x01(\x04R\tliveBytes\x12+\n\x12kv_bytes_per_token\x18\x03 \x01(\x04R\x0fkvBytesPerToken\x12*\n\x11peak_memory_bytes\x18\x04 \x01(\x04R\x0fpeakMemoryBytes\x12\x35\n\x08\x64uration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08\x64uration\x12\x12\n\x04\x66its\x18\x06 \x01(\x08R\x04\x66its\"h\n\x14\x45stimateLoadResponse\x12\x1d\n\ndisk_bytes\x18\x01 \x01(\x04R\tdiskBytes\x12\x31\n\x07\x64\x65vices\x18\x02 \x03(\x0b\x32\x17.lowbit.v1.LoadEstimateR\x07\x64\x65vices*|\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_LOADING\x10\x01\x12\x16\n\x12REPLICA_STATE_LIVE\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03*\x7f\n\tLoadPhase\x12\x1a\n\x16LOAD_PHASE_UNSPECIFIED\x10\x00\x12\x13\n\x0fLOAD_PHASE_READ\x10\x01\x12\x14\n\x10LOAD_PHASE_PLACE\x10\x02\x12\x16\n\x12LOAD_PHASE_WARM_UP\x10\x03\x12\x13\n\x0fLOAD_PHASE_LIVE\x10\x04\x32\xe5\x05\n\x0cModelService\x12\x39\n\x04Load\x12\x16.lowbit.v1.LoadRequest\x1a\x17.lowbit.v1.LoadResponse0\x01\x12=\n\x06Unload\x12\x18.lowbit.v1.UnloadRequest\x1a\x19.lowbit.v1.UnloadResponse\x12L\n\x0bImportModel\x12\x1d.lowbit.v1.ImportModelRequest\x1a\x1e.lowbit.v1.ImportModelResponse\x12\x43\n\x08GetModel\x12\x1a.lowbit.v1.GetModelRequest\x1a\x1b.lowbit.v1.GetModelResponse\x12I\n\nListModels\x12\x1c.lowbit.v1.ListModelsRequest\x1a\x1d.lowbit.v1.ListModelsResponse\x12L\n\x0b\x44\x65leteModel\x12\x1d.lowbit.v1.DeleteModelRequest\x1a\x1e.lowbit.v1.DeleteModelResponse\x12L\n\x0bVerifyModel\x12\x1d.lowbit.v1.VerifyModelRequest\x1a\x1e.lowbit.v1.VerifyModelResponse\x12O\n\x0c\x45stimateLoad\x12\x1e.lowbit.v1.EstimateLoadRequest\x1a\x1f.lowbit.v1.EstimateLoadResponse\x12\x43\n\x08SetAlias\x12\x1a.lowbit.v1.SetAliasRequest\x1a\x1b.lowbit.v1.SetAliasResponse\x12K\n\nWatchModel\x12\x1c.lowbit.v1.WatchModelRequest\x1a\x1d.lowbit.v1.WatchModelResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -75,54 +76,66 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETALIASREQUEST'].fields_by_name['model']._serialized_options = b'\272H\005r\003\030\200\001'
   _globals['_WATCHMODELREQUEST'].fields_by_name['model']._loaded_options = None
   _globals['_WATCHMODELREQUEST'].fields_by_name['model']._serialized_options = b'\272H\007r\005\020\001\030\200\001'
-  _globals['_REPLICASTATE']._serialized_start=2688
-  _globals['_REPLICASTATE']._serialized_end=2812
-  _globals['_LOADPHASE']._serialized_start=2814
-  _globals['_LOADPHASE']._serialized_end=2941
-  _globals['_MODELFILE']._serialized_start=152
-  _globals['_MODELFILE']._serialized_end=229
-  _globals['_REPLICA']._serialized_start=232
-  _globals['_REPLICA']._serialized_end=367
-  _globals['_MODEL']._serialized_start=370
-  _globals['_MODEL']._serialized_end=961
-  _globals['_LOADREQUEST']._serialized_start=964
-  _globals['_LOADREQUEST']._serialized_end=1101
-  _globals['_LOADRESPONSE']._serialized_start=1104
-  _globals['_LOADRESPONSE']._serialized_end=1269
-  _globals['_UNLOADREQUEST']._serialized_start=1272
-  _globals['_UNLOADREQUEST']._serialized_end=1423
-  _globals['_UNLOADRESPONSE']._serialized_start=1425
-  _globals['_UNLOADRESPONSE']._serialized_end=1502
-  _globals['_MODELSOURCE']._serialized_start=1504
-  _globals['_MODELSOURCE']._serialized_end=1603
-  _globals['_IMPORTMODELREQUEST']._serialized_start=1606
-  _globals['_IMPORTMODELREQUEST']._serialized_end=1866
-  _globals['_IMPORTMODELRESPONSE']._serialized_start=1868
-  _globals['_IMPORTMODELRESPONSE']._serialized_end=1923
-  _globals['_GETMODELREQUEST']._serialized_start=1925
-  _globals['_GETMODELREQUEST']._serialized_end=1976
-  _globals['_GETMODELRESPONSE']._serialized_start=1978
-  _globals['_GETMODELRESPONSE']._serialized_end=2036
-  _globals['_LISTMODELSREQUEST']._serialized_start=2038
-  _globals['_LISTMODELSREQUEST']._serialized_end=2158
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2160
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2262
-  _globals['_DELETEMODELREQUEST']._serialized_start=2264
-  _globals['_DELETEMODELREQUEST']._serialized_end=2318
-  _globals['_DELETEMODELRESPONSE']._serialized_start=2320
-  _globals['_DELETEMODELRESPONSE']._serialized_end=2341
-  _globals['_VERIFYMODELREQUEST']._serialized_start=2343
-  _globals['_VERIFYMODELREQUEST']._serialized_end=2397
-  _globals['_VERIFYMODELRESPONSE']._serialized_start=2399
-  _globals['_VERIFYMODELRESPONSE']._serialized_end=2464
-  _globals['_SETALIASREQUEST']._serialized_start=2466
-  _globals['_SETALIASREQUEST']._serialized_end=2549
-  _globals['_SETALIASRESPONSE']._serialized_start=2551
-  _globals['_SETALIASRESPONSE']._serialized_end=2569
-  _globals['_WATCHMODELREQUEST']._serialized_start=2571
-  _globals['_WATCHMODELREQUEST']._serialized_end=2624
-  _globals['_WATCHMODELRESPONSE']._serialized_start=2626
-  _globals['_WATCHMODELRESPONSE']._serialized_end=2686
-  _globals['_MODELSERVICE']._serialized_start=2944
-  _globals['_MODELSERVICE']._serialized_end=3604
+  _globals['_ESTIMATELOADREQUEST'].fields_by_name['model']._loaded_options = None
+  _globals['_ESTIMATELOADREQUEST'].fields_by_name['model']._serialized_options = b'\272H\007r\005\020\001\030\200\001'
+  _globals['_REPLICASTATE']._serialized_start=3554
+  _globals['_REPLICASTATE']._serialized_end=3678
+  _globals['_LOADPHASE']._serialized_start=3680
+  _globals['_LOADPHASE']._serialized_end=3807
+  _globals['_MODELFILE']._serialized_start=177
+  _globals['_MODELFILE']._serialized_end=254
+  _globals['_REPLICA']._serialized_start=257
+  _globals['_REPLICA']._serialized_end=392
+  _globals['_MODEL']._serialized_start=395
+  _globals['_MODEL']._serialized_end=1134
+  _globals['_LIBRARY']._serialized_start=1136
+  _globals['_LIBRARY']._serialized_end=1191
+  _globals['_ANCESTOR']._serialized_start=1194
+  _globals['_ANCESTOR']._serialized_end=1428
+  _globals['_LOADREQUEST']._serialized_start=1431
+  _globals['_LOADREQUEST']._serialized_end=1568
+  _globals['_LOADRESPONSE']._serialized_start=1571
+  _globals['_LOADRESPONSE']._serialized_end=1736
+  _globals['_UNLOADREQUEST']._serialized_start=1739
+  _globals['_UNLOADREQUEST']._serialized_end=1890
+  _globals['_UNLOADRESPONSE']._serialized_start=1892
+  _globals['_UNLOADRESPONSE']._serialized_end=1969
+  _globals['_MODELSOURCE']._serialized_start=1971
+  _globals['_MODELSOURCE']._serialized_end=2070
+  _globals['_IMPORTMODELREQUEST']._serialized_start=2073
+  _globals['_IMPORTMODELREQUEST']._serialized_end=2333
+  _globals['_IMPORTMODELRESPONSE']._serialized_start=2335
+  _globals['_IMPORTMODELRESPONSE']._serialized_end=2390
+  _globals['_GETMODELREQUEST']._serialized_start=2392
+  _globals['_GETMODELREQUEST']._serialized_end=2443
+  _globals['_GETMODELRESPONSE']._serialized_start=2445
+  _globals['_GETMODELRESPONSE']._serialized_end=2503
+  _globals['_LISTMODELSREQUEST']._serialized_start=2505
+  _globals['_LISTMODELSREQUEST']._serialized_end=2625
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2627
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2729
+  _globals['_DELETEMODELREQUEST']._serialized_start=2731
+  _globals['_DELETEMODELREQUEST']._serialized_end=2785
+  _globals['_DELETEMODELRESPONSE']._serialized_start=2787
+  _globals['_DELETEMODELRESPONSE']._serialized_end=2808
+  _globals['_VERIFYMODELREQUEST']._serialized_start=2810
+  _globals['_VERIFYMODELREQUEST']._serialized_end=2864
+  _globals['_VERIFYMODELRESPONSE']._serialized_start=2866
+  _globals['_VERIFYMODELRESPONSE']._serialized_end=2931
+  _globals['_SETALIASREQUEST']._serialized_start=2933
+  _globals['_SETALIASREQUEST']._serialized_end=3016
+  _globals['_SETALIASRESPONSE']._serialized_start=3018
+  _globals['_SETALIASRESPONSE']._serialized_end=3036
+  _globals['_WATCHMODELREQUEST']._serialized_start=3038
+  _globals['_WATCHMODELREQUEST']._serialized_end=3091
+  _globals['_WATCHMODELRESPONSE']._serialized_start=3093
+  _globals['_WATCHMODELRESPONSE']._serialized_end=3153
+  _globals['_ESTIMATELOADREQUEST']._serialized_start=3155
+  _globals['_ESTIMATELOADREQUEST']._serialized_end=3210
+  _globals['_LOADESTIMATE']._serialized_start=3213
+  _globals['_LOADESTIMATE']._serialized_end=3446
+  _globals['_ESTIMATELOADRESPONSE']._serialized_start=3448
+  _globals['_ESTIMATELOADRESPONSE']._serialized_end=3552
+  _globals['_MODELSERVICE']._serialized_start=3810
+  _globals['_MODELSERVICE']._serialized_end=4551
 # @@protoc_insertion_point(module_scope)

@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from lowbit.v1 import job_pb2 as _job_pb2
+from lowbit.v1 import quality_pb2 as _quality_pb2
 from lowbit.v1 import quantization_pb2 as _quantization_pb2
 import builtins as _builtins
 import sys
@@ -169,6 +170,9 @@ class Model(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    CALIBRATION_DIGEST_FIELD_NUMBER: _builtins.int
+    LIBRARIES_FIELD_NUMBER: _builtins.int
+    ANCESTORS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique name."""
     revision: _builtins.str
@@ -189,6 +193,8 @@ class Model(_message.Message):
     """Digest of what it was made from."""
     parent: _builtins.str
     """Name of the model it was quantized from; empty for imports."""
+    calibration_digest: _builtins.str
+    """Digest of the calibration samples; empty where none were used."""
     @_builtins.property
     def scheme_options(self) -> _quantization_pb2.Scheme:
         """Full scheme with its options."""
@@ -198,7 +204,7 @@ class Model(_message.Message):
         """Files with their digests."""
 
     @_builtins.property
-    def quality(self) -> _quantization_pb2.QualityReport:
+    def quality(self) -> _quality_pb2.QualityReport:
         """Measured quality, where it was measured."""
 
     @_builtins.property
@@ -212,6 +218,14 @@ class Model(_message.Message):
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]:
         """Where it is live or being loaded."""
+
+    @_builtins.property
+    def libraries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Library]:
+        """Libraries that made the numbers."""
+
+    @_builtins.property
+    def ancestors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Ancestor]:
+        """What it was made from, the nearest first; the last is what was imported."""
 
     def __init__(
         self,
@@ -228,18 +242,95 @@ class Model(_message.Message):
         source: _builtins.str = ...,
         source_digest: _builtins.str = ...,
         parent: _builtins.str = ...,
-        quality: _quantization_pb2.QualityReport | None = ...,
+        quality: _quality_pb2.QualityReport | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         replicas: _abc.Iterable[Global___Replica] | None = ...,
+        calibration_digest: _builtins.str = ...,
+        libraries: _abc.Iterable[Global___Library] | None = ...,
+        ancestors: _abc.Iterable[Global___Ancestor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "quality", b"quality", "scheme_options", b"scheme_options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "architecture", b"architecture", "context_tokens", b"context_tokens", "create_time", b"create_time", "disk_bytes", b"disk_bytes", "files", b"files", "name", b"name", "parameters", b"parameters", "parent", b"parent", "quality", b"quality", "replicas", b"replicas", "revision", b"revision", "scheme", b"scheme", "scheme_options", b"scheme_options", "source", b"source", "source_digest", b"source_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "ancestors", b"ancestors", "architecture", b"architecture", "calibration_digest", b"calibration_digest", "context_tokens", b"context_tokens", "create_time", b"create_time", "disk_bytes", b"disk_bytes", "files", b"files", "libraries", b"libraries", "name", b"name", "parameters", b"parameters", "parent", b"parent", "quality", b"quality", "replicas", b"replicas", "revision", b"revision", "scheme", b"scheme", "scheme_options", b"scheme_options", "source", b"source", "source_digest", b"source_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Library(_message.Message):
+    """A library and its version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the package."""
+    version: _builtins.str
+    """Version."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Library: _TypeAlias = Library  # noqa: Y015
+
+@_typing.final
+class Ancestor(_message.Message):
+    """A model that another was made from, as it was then."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    SCHEME_FIELD_NUMBER: _builtins.int
+    CALIBRATION_DIGEST_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    SOURCE_DIGEST_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name."""
+    revision: _builtins.str
+    """Digest that identifies the artefact."""
+    scheme: _builtins.str
+    """Name of its scheme."""
+    calibration_digest: _builtins.str
+    """Digest of the calibration samples that made it."""
+    source: _builtins.str
+    """Path or hub id that it was imported from, as it was given."""
+    source_digest: _builtins.str
+    """Digest of what it was made from."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFile]:
+        """Its files with their digests."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        scheme: _builtins.str = ...,
+        calibration_digest: _builtins.str = ...,
+        source: _builtins.str = ...,
+        source_digest: _builtins.str = ...,
+        files: _abc.Iterable[Global___ModelFile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration_digest", b"calibration_digest", "files", b"files", "name", b"name", "revision", b"revision", "scheme", b"scheme", "source", b"source", "source_digest", b"source_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ancestor: _TypeAlias = Ancestor  # noqa: Y015
 
 @_typing.final
 class LoadRequest(_message.Message):
@@ -738,3 +829,97 @@ class WatchModelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchModelResponse: _TypeAlias = WatchModelResponse  # noqa: Y015
+
+@_typing.final
+class EstimateLoadRequest(_message.Message):
+    """Asks what a model would take."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name or alias."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateLoadRequest: _TypeAlias = EstimateLoadRequest  # noqa: Y015
+
+@_typing.final
+class LoadEstimate(_message.Message):
+    """What a model would take on one device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    LIVE_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    FITS_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """Name of the device."""
+    live_bytes: _builtins.int
+    """Bytes live once loaded, without the KV cache."""
+    kv_bytes_per_token: _builtins.int
+    """Bytes of KV cache a token."""
+    peak_memory_bytes: _builtins.int
+    """Highest memory while loading, bytes."""
+    fits: _builtins.bool
+    """Whether it fits into what is free now."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """Time to load."""
+
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        live_bytes: _builtins.int = ...,
+        kv_bytes_per_token: _builtins.int = ...,
+        peak_memory_bytes: _builtins.int = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        fits: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "duration", b"duration", "fits", b"fits", "kv_bytes_per_token", b"kv_bytes_per_token", "live_bytes", b"live_bytes", "peak_memory_bytes", b"peak_memory_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadEstimate: _TypeAlias = LoadEstimate  # noqa: Y015
+
+@_typing.final
+class EstimateLoadResponse(_message.Message):
+    """The estimate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    disk_bytes: _builtins.int
+    """Bytes on disk."""
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadEstimate]:
+        """One entry per device."""
+
+    def __init__(
+        self,
+        *,
+        disk_bytes: _builtins.int = ...,
+        devices: _abc.Iterable[Global___LoadEstimate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "disk_bytes", b"disk_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateLoadResponse: _TypeAlias = EstimateLoadResponse  # noqa: Y015

@@ -70,6 +70,11 @@ class ModelServiceStub:
                 request_serializer=lowbit_dot_v1_dot_model__pb2.VerifyModelRequest.SerializeToString,
                 response_deserializer=lowbit_dot_v1_dot_model__pb2.VerifyModelResponse.FromString,
                 _registered_method=True)
+        self.EstimateLoad = channel.unary_unary(
+                '/lowbit.v1.ModelService/EstimateLoad',
+                request_serializer=lowbit_dot_v1_dot_model__pb2.EstimateLoadRequest.SerializeToString,
+                response_deserializer=lowbit_dot_v1_dot_model__pb2.EstimateLoadResponse.FromString,
+                _registered_method=True)
         self.SetAlias = channel.unary_unary(
                 '/lowbit.v1.ModelService/SetAlias',
                 request_serializer=lowbit_dot_v1_dot_model__pb2.SetAliasRequest.SerializeToString,
@@ -137,6 +142,13 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EstimateLoad(self, request, context):
+        """Estimates, per device, what a model would take once live, from headers only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SetAlias(self, request, context):
         """Lets a second name point at a model, or moves it.
         """
@@ -188,6 +200,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.VerifyModel,
                     request_deserializer=lowbit_dot_v1_dot_model__pb2.VerifyModelRequest.FromString,
                     response_serializer=lowbit_dot_v1_dot_model__pb2.VerifyModelResponse.SerializeToString,
+            ),
+            'EstimateLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateLoad,
+                    request_deserializer=lowbit_dot_v1_dot_model__pb2.EstimateLoadRequest.FromString,
+                    response_serializer=lowbit_dot_v1_dot_model__pb2.EstimateLoadResponse.SerializeToString,
             ),
             'SetAlias': grpc.unary_unary_rpc_method_handler(
                     servicer.SetAlias,
@@ -390,6 +407,33 @@ class ModelService:
             '/lowbit.v1.ModelService/VerifyModel',
             lowbit_dot_v1_dot_model__pb2.VerifyModelRequest.SerializeToString,
             lowbit_dot_v1_dot_model__pb2.VerifyModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lowbit.v1.ModelService/EstimateLoad',
+            lowbit_dot_v1_dot_model__pb2.EstimateLoadRequest.SerializeToString,
+            lowbit_dot_v1_dot_model__pb2.EstimateLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,8 @@ class ModelServiceStub:
     """Removes a model from the store and its aliases with it."""
     VerifyModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.VerifyModelRequest, _model_pb2.VerifyModelResponse]
     """Hashes a model's files again and compares them with its manifest."""
+    EstimateLoad: _grpc.UnaryUnaryMultiCallable[_model_pb2.EstimateLoadRequest, _model_pb2.EstimateLoadResponse]
+    """Estimates, per device, what a model would take once live, from headers only."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_model_pb2.SetAliasRequest, _model_pb2.SetAliasResponse]
     """Lets a second name point at a model, or moves it."""
     WatchModel: _grpc.UnaryStreamMultiCallable[_model_pb2.WatchModelRequest, _model_pb2.WatchModelResponse]
@@ -77,6 +79,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Removes a model from the store and its aliases with it."""
     VerifyModel: _aio.UnaryUnaryMultiCallable[_model_pb2.VerifyModelRequest, _model_pb2.VerifyModelResponse]  # type: ignore[assignment]
     """Hashes a model's files again and compares them with its manifest."""
+    EstimateLoad: _aio.UnaryUnaryMultiCallable[_model_pb2.EstimateLoadRequest, _model_pb2.EstimateLoadResponse]  # type: ignore[assignment]
+    """Estimates, per device, what a model would take once live, from headers only."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_model_pb2.SetAliasRequest, _model_pb2.SetAliasResponse]  # type: ignore[assignment]
     """Lets a second name point at a model, or moves it."""
     WatchModel: _aio.UnaryStreamMultiCallable[_model_pb2.WatchModelRequest, _model_pb2.WatchModelResponse]  # type: ignore[assignment]
@@ -143,6 +147,14 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.VerifyModelResponse, _abc.Awaitable[_model_pb2.VerifyModelResponse]]:
         """Hashes a model's files again and compares them with its manifest."""
+
+    @_abc_1.abstractmethod
+    def EstimateLoad(
+        self,
+        request: _model_pb2.EstimateLoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.EstimateLoadResponse, _abc.Awaitable[_model_pb2.EstimateLoadResponse]]:
+        """Estimates, per device, what a model would take once live, from headers only."""
 
     @_abc_1.abstractmethod
     def SetAlias(

@@ -162,6 +162,7 @@ class GptqScheme(_message.Message):
     DESC_ACT_FIELD_NUMBER: _builtins.int
     SYM_FIELD_NUMBER: _builtins.int
     DAMP_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     bits: _builtins.int
     """Bits a weight: 2, 3, 4 or 8. Default 4."""
     group_size: _builtins.int
@@ -172,6 +173,10 @@ class GptqScheme(_message.Message):
     """Symmetric grid around zero. Default false."""
     damp: _builtins.float
     """Share of the mean Hessian diagonal that is added for stability. Default 0.01."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerBits]:
+        """Decoder layers that are stored with other bits."""
+
     def __init__(
         self,
         *,
@@ -180,10 +185,11 @@ class GptqScheme(_message.Message):
         desc_act: _builtins.bool | None = ...,
         sym: _builtins.bool | None = ...,
         damp: _builtins.float | None = ...,
+        layers: _abc.Iterable[Global___LayerBits] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bits", b"_bits", "_damp", b"_damp", "_desc_act", b"_desc_act", "_group_size", b"_group_size", "_sym", b"_sym", "bits", b"bits", "damp", b"damp", "desc_act", b"desc_act", "group_size", b"group_size", "sym", b"sym"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bits", b"_bits", "_damp", b"_damp", "_desc_act", b"_desc_act", "_group_size", b"_group_size", "_sym", b"_sym", "bits", b"bits", "damp", b"damp", "desc_act", b"desc_act", "group_size", b"group_size", "sym", b"sym"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bits", b"_bits", "_damp", b"_damp", "_desc_act", b"_desc_act", "_group_size", b"_group_size", "_sym", b"_sym", "bits", b"bits", "damp", b"damp", "desc_act", b"desc_act", "group_size", b"group_size", "layers", b"layers", "sym", b"sym"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bits: _TypeAlias = _typing.Literal["bits"]  # noqa: Y015
     _WhichOneofArgType__bits: _TypeAlias = _typing.Literal["_bits", b"_bits"]  # noqa: Y015
@@ -207,6 +213,32 @@ class GptqScheme(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sym) -> _WhichOneofReturnType__sym | None: ...
 
 Global___GptqScheme: _TypeAlias = GptqScheme  # noqa: Y015
+
+@_typing.final
+class LayerBits(_message.Message):
+    """Bits of one decoder layer's weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    BITS_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """Number of the decoder layer, from 0."""
+    bits: _builtins.int
+    """Bits a weight: 2, 3, 4 or 8."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        bits: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "layer", b"layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerBits: _TypeAlias = LayerBits  # noqa: Y015
 
 @_typing.final
 class AwqScheme(_message.Message):
@@ -283,6 +315,32 @@ class RtnScheme(_message.Message):
 Global___RtnScheme: _TypeAlias = RtnScheme  # noqa: Y015
 
 @_typing.final
+class AutoScheme(_message.Message):
+    """Chooses the scheme: the least loss that fits a memory budget.
+
+    It begins with 8 bit and goes down only as far as the budget demands. Where no single
+    scheme keeps the gate, the decoder layers that suffer most stay at 8 bit.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_LIVE_BYTES_FIELD_NUMBER: _builtins.int
+    max_live_bytes: _builtins.int
+    """Most bytes that the model may take once live."""
+    def __init__(
+        self,
+        *,
+        max_live_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_live_bytes", b"max_live_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AutoScheme: _TypeAlias = AutoScheme  # noqa: Y015
+
+@_typing.final
 class Scheme(_message.Message):
     """How weights are stored, with its options."""
 
@@ -294,6 +352,7 @@ class Scheme(_message.Message):
     GPTQ_FIELD_NUMBER: _builtins.int
     AWQ_FIELD_NUMBER: _builtins.int
     RTN_FIELD_NUMBER: _builtins.int
+    AUTO_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def float(self) -> Global___FloatScheme:
         """fp32, fp16 or bf16."""
@@ -318,6 +377,10 @@ class Scheme(_message.Message):
     def rtn(self) -> Global___RtnScheme:
         """Round to nearest."""
 
+    @_builtins.property
+    def auto(self) -> Global___AutoScheme:
+        """The server's choice within a budget."""
+
     def __init__(
         self,
         *,
@@ -327,12 +390,13 @@ class Scheme(_message.Message):
         gptq: Global___GptqScheme | None = ...,
         awq: Global___AwqScheme | None = ...,
         rtn: Global___RtnScheme | None = ...,
+        auto: Global___AutoScheme | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["awq", b"awq", "bnb_4bit", b"bnb_4bit", "float", b"float", "gptq", b"gptq", "int8", b"int8", "kind", b"kind", "rtn", b"rtn"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["auto", b"auto", "awq", b"awq", "bnb_4bit", b"bnb_4bit", "float", b"float", "gptq", b"gptq", "int8", b"int8", "kind", b"kind", "rtn", b"rtn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["awq", b"awq", "bnb_4bit", b"bnb_4bit", "float", b"float", "gptq", b"gptq", "int8", b"int8", "kind", b"kind", "rtn", b"rtn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto", b"auto", "awq", b"awq", "bnb_4bit", b"bnb_4bit", "float", b"float", "gptq", b"gptq", "int8", b"int8", "kind", b"kind", "rtn", b"rtn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["float", "int8", "bnb_4bit", "gptq", "awq", "rtn"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["float", "int8", "bnb_4bit", "gptq", "awq", "rtn", "auto"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -547,6 +611,7 @@ class QualityGate(_message.Message):
     MAX_MEAN_KL_FIELD_NUMBER: _builtins.int
     MIN_TOP1_AGREEMENT_FIELD_NUMBER: _builtins.int
     MAX_BYTES_FIELD_NUMBER: _builtins.int
+    KEEP_ARTIFACT_FIELD_NUMBER: _builtins.int
     max_perplexity_increase: _builtins.float
     """Largest allowed perplexity divided by the source's, less one."""
     max_mean_kl: _builtins.float
@@ -555,6 +620,8 @@ class QualityGate(_message.Message):
     """Smallest allowed share of positions where the likeliest token is the source's."""
     max_bytes: _builtins.int
     """Largest allowed size on disk, bytes."""
+    keep_artifact: _builtins.bool
+    """Publishes the artefact, with its report, even though the job fails."""
     def __init__(
         self,
         *,
@@ -562,10 +629,11 @@ class QualityGate(_message.Message):
         max_mean_kl: _builtins.float | None = ...,
         min_top1_agreement: _builtins.float | None = ...,
         max_bytes: _builtins.int | None = ...,
+        keep_artifact: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_max_mean_kl", b"_max_mean_kl", "_max_perplexity_increase", b"_max_perplexity_increase", "_min_top1_agreement", b"_min_top1_agreement", "max_bytes", b"max_bytes", "max_mean_kl", b"max_mean_kl", "max_perplexity_increase", b"max_perplexity_increase", "min_top1_agreement", b"min_top1_agreement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_max_mean_kl", b"_max_mean_kl", "_max_perplexity_increase", b"_max_perplexity_increase", "_min_top1_agreement", b"_min_top1_agreement", "max_bytes", b"max_bytes", "max_mean_kl", b"max_mean_kl", "max_perplexity_increase", b"max_perplexity_increase", "min_top1_agreement", b"min_top1_agreement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes", "_max_mean_kl", b"_max_mean_kl", "_max_perplexity_increase", b"_max_perplexity_increase", "_min_top1_agreement", b"_min_top1_agreement", "keep_artifact", b"keep_artifact", "max_bytes", b"max_bytes", "max_mean_kl", b"max_mean_kl", "max_perplexity_increase", b"max_perplexity_increase", "min_top1_agreement", b"min_top1_agreement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_bytes: _TypeAlias = _typing.Literal["max_bytes"]  # noqa: Y015
     _WhichOneofArgType__max_bytes: _TypeAlias = _typing.Literal["_max_bytes", b"_max_bytes"]  # noqa: Y015
@@ -587,63 +655,6 @@ class QualityGate(_message.Message):
 Global___QualityGate: _TypeAlias = QualityGate  # noqa: Y015
 
 @_typing.final
-class QualityReport(_message.Message):
-    """Measured quality of a model on held-out text."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXT_DIGEST_FIELD_NUMBER: _builtins.int
-    TOKENS_FIELD_NUMBER: _builtins.int
-    PERPLEXITY_FIELD_NUMBER: _builtins.int
-    BASE_PERPLEXITY_FIELD_NUMBER: _builtins.int
-    MEAN_KL_FIELD_NUMBER: _builtins.int
-    P99_KL_FIELD_NUMBER: _builtins.int
-    TOP1_AGREEMENT_FIELD_NUMBER: _builtins.int
-    text_digest: _builtins.str
-    """Digest of the evaluation text and of how it was cut."""
-    tokens: _builtins.int
-    """Number of tokens that were predicted."""
-    perplexity: _builtins.float
-    """Perplexity: exp of the mean negative log-likelihood per token."""
-    base_perplexity: _builtins.float
-    """Perplexity of the source model on the same tokens."""
-    mean_kl: _builtins.float
-    """Mean KL divergence from the source, nats; unset where not measured."""
-    p99_kl: _builtins.float
-    """99th percentile of the same."""
-    top1_agreement: _builtins.float
-    """Share of positions where both models' likeliest token is the same."""
-    def __init__(
-        self,
-        *,
-        text_digest: _builtins.str = ...,
-        tokens: _builtins.int = ...,
-        perplexity: _builtins.float = ...,
-        base_perplexity: _builtins.float = ...,
-        mean_kl: _builtins.float | None = ...,
-        p99_kl: _builtins.float | None = ...,
-        top1_agreement: _builtins.float | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_kl", b"_mean_kl", "_p99_kl", b"_p99_kl", "_top1_agreement", b"_top1_agreement", "mean_kl", b"mean_kl", "p99_kl", b"p99_kl", "top1_agreement", b"top1_agreement"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_kl", b"_mean_kl", "_p99_kl", b"_p99_kl", "_top1_agreement", b"_top1_agreement", "base_perplexity", b"base_perplexity", "mean_kl", b"mean_kl", "p99_kl", b"p99_kl", "perplexity", b"perplexity", "text_digest", b"text_digest", "tokens", b"tokens", "top1_agreement", b"top1_agreement"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__mean_kl: _TypeAlias = _typing.Literal["mean_kl"]  # noqa: Y015
-    _WhichOneofArgType__mean_kl: _TypeAlias = _typing.Literal["_mean_kl", b"_mean_kl"]  # noqa: Y015
-    _WhichOneofReturnType__p99_kl: _TypeAlias = _typing.Literal["p99_kl"]  # noqa: Y015
-    _WhichOneofArgType__p99_kl: _TypeAlias = _typing.Literal["_p99_kl", b"_p99_kl"]  # noqa: Y015
-    _WhichOneofReturnType__top1_agreement: _TypeAlias = _typing.Literal["top1_agreement"]  # noqa: Y015
-    _WhichOneofArgType__top1_agreement: _TypeAlias = _typing.Literal["_top1_agreement", b"_top1_agreement"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_kl) -> _WhichOneofReturnType__mean_kl | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__p99_kl) -> _WhichOneofReturnType__p99_kl | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__top1_agreement) -> _WhichOneofReturnType__top1_agreement | None: ...
-
-Global___QualityReport: _TypeAlias = QualityReport  # noqa: Y015
-
-@_typing.final
 class QuantizeRequest(_message.Message):
     """Asks for a smaller copy of a model."""
 
@@ -658,6 +669,7 @@ class QuantizeRequest(_message.Message):
     GATE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    SKIP_EVALUATION_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """Name or alias of the source model in the store."""
     target: _builtins.str
@@ -668,6 +680,8 @@ class QuantizeRequest(_message.Message):
     """Makes creation idempotent: the same id and request returns the same job."""
     validate_only: _builtins.bool
     """Checks everything and starts nothing; the answer's job has no id."""
+    skip_evaluation: _builtins.bool
+    """Measures nothing; cannot go with `evaluation` or with limits of quality."""
     @_builtins.property
     def scheme(self) -> Global___Scheme:
         """How its weights are stored."""
@@ -678,7 +692,7 @@ class QuantizeRequest(_message.Message):
 
     @_builtins.property
     def evaluation(self) -> Global___Evaluation:
-        """Measures perplexity before and after; absent: nothing is measured."""
+        """How quality is measured against the source. Default: the built-in text."""
 
     @_builtins.property
     def gate(self) -> Global___QualityGate:
@@ -696,10 +710,11 @@ class QuantizeRequest(_message.Message):
         gate: Global___QualityGate | None = ...,
         request_id: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
+        skip_evaluation: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "evaluation", b"evaluation", "gate", b"gate", "scheme", b"scheme"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "device", b"device", "evaluation", b"evaluation", "gate", b"gate", "request_id", b"request_id", "scheme", b"scheme", "source", b"source", "target", b"target", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "device", b"device", "evaluation", b"evaluation", "gate", b"gate", "request_id", b"request_id", "scheme", b"scheme", "skip_evaluation", b"skip_evaluation", "source", b"source", "target", b"target", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -737,21 +752,27 @@ class EstimateQuantizationRequest(_message.Message):
 
     SOURCE_FIELD_NUMBER: _builtins.int
     SCHEME_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """Name or alias of the source model."""
     @_builtins.property
     def scheme(self) -> Global___Scheme:
         """How the weights would be stored."""
 
+    @_builtins.property
+    def calibration(self) -> Global___Calibration:
+        """Calibration text, for schemes that use it; its size decides their time."""
+
     def __init__(
         self,
         *,
         source: _builtins.str = ...,
         scheme: Global___Scheme | None = ...,
+        calibration: Global___Calibration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["scheme", b"scheme"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "scheme", b"scheme"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["scheme", b"scheme", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "scheme", b"scheme", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
