@@ -440,6 +440,11 @@ def test_quantizing_what_cannot_be_quantized(service: Any, tiny: str, echo: str)
     with service.refused(*INVALID) as refusal:
         quantize(service, tiny, scheme("nf4"), calibration=quant.Calibration())
     assert fields(refusal) == ["calibration"]
+    for name in ("c5", "a/b/c", "org/", "a b/c", "org/name:"):
+        source = quant.TextSource(dataset=name)
+        with service.refused(*INVALID) as refusal:
+            quantize(service, tiny, scheme("int8"), evaluation=quant.Evaluation(source=source))
+        assert fields(refusal) == ["evaluation.source.dataset"]
 
 
 def test_importing_as_a_type_that_there_is_not(service: Any) -> None:

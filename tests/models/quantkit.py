@@ -22,7 +22,7 @@ from lowbit_server.testing import byte_tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lowbit_server.jobs.spec import EvaluationSpec
+    from lowbit_server.jobs.spec import CalibrationSpec, EvaluationSpec
     from lowbit_server.quant.schemes import FloatType, Scheme
 
 SIZES = {
@@ -68,10 +68,19 @@ class Store:
         return self._sealed(name)
 
     def quantized(
-        self, scheme: Scheme, name: str = "small", evaluation: EvaluationSpec | None = None
+        self,
+        scheme: Scheme,
+        name: str = "small",
+        evaluation: EvaluationSpec | None = None,
+        calibration: CalibrationSpec | None = None,
     ) -> Path:
         spec = QuantizeSpec(
-            model=name, source="base", scheme=scheme, device="cpu", evaluation=evaluation
+            model=name,
+            source="base",
+            scheme=scheme,
+            device="cpu",
+            calibration=calibration,
+            evaluation=evaluation,
         )
         quantize_model(spec, self._context(name, self.models))
         return self._sealed(name)

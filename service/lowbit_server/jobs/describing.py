@@ -71,12 +71,13 @@ def write_import_manifest(
     write_manifest(folder, manifest)
 
 
-def write_quantized_manifest(
+def write_quantized_manifest(  # noqa: PLR0913 - what a manifest tells
     folder: Path,
     spec: QuantizeSpec,
     parent: Manifest,
     files: tuple[FileEntry, ...],
     quality: Quality | None,
+    calibration_digest: str,
 ) -> None:
     """Describe a sealed model made from another of the store and write `lowbit.json`.
 
@@ -90,6 +91,7 @@ def write_quantized_manifest(
         "source": parent.name,
         "source_digest": parent.revision,
         "parent": parent.name,
+        "calibration_digest": calibration_digest,
         "quality": quality,
         "create_time": datetime.now(UTC),
         "libraries": library_versions(),

@@ -101,8 +101,8 @@ def _run(spec: ImportSpec | QuantizeSpec, context: Context) -> None:
 
 
 def _prepare(spec: ImportSpec | QuantizeSpec, threads: int | None) -> None:
-    # Must be set before the libraries are imported. Only a hub import may use the network.
-    if not (isinstance(spec, ImportSpec) and spec.hub_id):
+    # Must be set before the libraries are imported. Only what comes from the hub may use it.
+    if not spec.needs_hub:
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ |= _QUIET
     # LLM.int8 on a CPU says at every product that it casts.

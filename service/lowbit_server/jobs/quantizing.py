@@ -11,11 +11,12 @@ from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.describing import write_config, write_quantized_manifest
 from lowbit_server.models.transformers import place
 from lowbit_server.quant import evaluation, gate, registry
+from lowbit_server.quant.calibration import draw
 from lowbit_server.quant.casting import FLOAT_TYPES, cast, type_name
 from lowbit_server.quant.layout import blocks, linear_layers
 from lowbit_server.quant.methods import method
 from lowbit_server.quant.schemes import FloatScheme
-from lowbit_server.quant.text import evaluation_text
+from lowbit_server.quant.text import check_apart, evaluation_text
 from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
 from lowbit_server.store.sealing import disk_full_is_named, seal_files
 from lowbit_server.store.sources import (
@@ -54,7 +55,13 @@ def quantize_model(spec: QuantizeSpec, context: Context) -> None:
     staging = context.staging
     with disk_full_is_named(staging.parent):
         staging.mkdir(mode=0o700)
-    chosen = method(spec.scheme, spec.device)
+    held_out = evaluation_text(spec.evaluation) if spec.evaluation else ""
+    samples = None
+    if spec.calibration is not None:
+        context.reporter.phase("calibrate")
+        samples = draw(spec.calibration, source, parent.context_tokens)
+        check_apart(samples.text, held_out)
+    chosen = method(spec.scheme, spec.device, source, samples)
     # What the result is stored in where it is not quantized.
     kept = spec.scheme if isinstance(spec.scheme, FloatScheme) else parent.scheme
     _stream(source, chosen, kept, context)
@@ -64,10 +71,11 @@ def quantize_model(spec: QuantizeSpec, context: Context) -> None:
     files = seal_files(staging)
     quality = None
     if spec.evaluation is not None:
-        quality = _evaluate(source, spec.evaluation, spec.device, context)
+        quality = _evaluate(source, spec.evaluation, held_out, spec.device, context)
     if spec.gate is not None:
         gate.check(spec.gate, quality, sum(file.bytes for file in files))
-    write_quantized_manifest(staging, spec, parent, files, quality)
+    digest = samples.digest if samples else ""
+    write_quantized_manifest(staging, spec, parent, files, quality, digest)
 
 
 def _stream(source: Path, chosen: Method, kept: FloatScheme, context: Context) -> None:
@@ -109,9 +117,11 @@ def _copy_rest(source: Path, staging: Path, parent: Manifest) -> None:
                 shutil.copyfile(source / entry.path, staging / entry.path)
 
 
-def _evaluate(source: Path, spec: EvaluationSpec, device: str, context: Context) -> Quality:
+def _evaluate(
+    source: Path, spec: EvaluationSpec, text: str, device: str, context: Context
+) -> Quality:
     tokenizer = Tokenizer.from_file(str(source / TOKENIZER_FILE))
-    windows = evaluation.cut(evaluation_text(spec), tokenizer, spec.max_tokens, spec.window_tokens)
+    windows = evaluation.cut(text, tokenizer, spec.max_tokens, spec.window_tokens)
     context.reporter.phase("evaluate", len(windows.ids))
     return evaluation.compare(
         place(source, device),

@@ -14,32 +14,30 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class CalibrationSpec(_Record):
-    """The text that calibrated methods see and how samples are drawn from it."""
+class TextSpec(_Record):
+    """Where text comes from; with nothing set, it is the built-in one."""
 
     text_path: str | None = None
-    """Local text file, already checked against the import roots; None is the built-in text."""
+    """Local text file, already checked against the import roots."""
     text_field: str = ""
     """Field of each JSON line that holds the text; empty for plain text."""
     text_inline: tuple[str, ...] = ()
     dataset: str = ""
     """Name of a hub data set, such as "wikitext2"."""
+
+
+class CalibrationSpec(TextSpec):
+    """The text that calibrated methods see and how samples are drawn from it."""
+
     samples: int = 128
     sequence_tokens: int = 512
     seed: int = 0
     chat_template: bool = False
 
 
-class EvaluationSpec(_Record):
+class EvaluationSpec(TextSpec):
     """Held-out text and how it is cut; windows do not overlap."""
 
-    text_path: str | None = None
-    """Local text file; None is the built-in text."""
-    text_field: str = ""
-    """Field of each JSON line that holds the text; empty for plain text."""
-    text_inline: tuple[str, ...] = ()
-    dataset: str = ""
-    """Name of a hub data set, such as "wikitext2"."""
     max_tokens: int = 4096
     window_tokens: int = 512
 
@@ -75,6 +73,11 @@ class ImportSpec(_Record):
     hub_id: str | None = None
     type: FloatType | None = None
 
+    @property
+    def needs_hub(self) -> bool:
+        """Whether it comes from the hub."""
+        return self.hub_id is not None
+
 
 class QuantizeSpec(_Record):
     """Makes a smaller copy of a model."""
@@ -91,6 +94,11 @@ class QuantizeSpec(_Record):
     evaluation: EvaluationSpec | None = None
     """None measures nothing."""
     gate: GateSpec | None = None
+
+    @property
+    def needs_hub(self) -> bool:
+        """Whether a text of it is a hub data set."""
+        return any(text and text.dataset for text in (self.calibration, self.evaluation))
 
 
 JobSpec: TypeAlias = Annotated[ImportSpec | QuantizeSpec, Field(discriminator="kind")]

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowbit_server.errors import invalid
+from lowbit_server.quant.text import CHARACTERS_PER_TOKEN
 from lowbit_server.store.manifest import Quality
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from tokenizers import Tokenizer
-
-# More characters a token than any text of words has; it bounds what is tokenized.
-_CHARACTERS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,7 @@ def cut(text: str, tokenizer: Tokenizer, max_tokens: int, window_tokens: int) ->
 
     Raises LowbitError(INVALID_FIELD) when the text has no two tokens.
     """
-    used = text[: max_tokens * _CHARACTERS_PER_TOKEN]
+    used = text[: max_tokens * CHARACTERS_PER_TOKEN]
     ids = tokenizer.encode(used, add_special_tokens=False).ids[:max_tokens]
     starts = range(0, len(ids), window_tokens)
     windows = tuple(tuple(ids[start : start + window_tokens]) for start in starts)

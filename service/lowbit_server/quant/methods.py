@@ -13,9 +13,11 @@ from lowbit_server.quant.schemes import Bnb4BitScheme, FloatScheme, Int8Scheme, 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     import torch
 
+    from lowbit_server.quant.calibration import Samples
     from lowbit_server.quant.layout import Block, Linear
     from lowbit_server.quant.method import Method
     from lowbit_server.quant.schemes import Scheme
@@ -38,8 +40,11 @@ class FloatMethod(Stateless):
         """Return nothing: floating-point weights need no words."""
 
 
-def method(scheme: Scheme, device: str) -> Method:
-    """Return the method of a scheme; raises SCHEME_UNAVAILABLE."""
+def method(scheme: Scheme, device: str, source: Path, samples: Samples | None) -> Method:  # noqa: ARG001
+    """Return the method of a scheme; raises SCHEME_UNAVAILABLE.
+
+    `source` is the folder of the model; calibrated methods see `samples` of its tokens.
+    """
     match scheme:
         case FloatScheme():
             return FloatMethod()

@@ -100,6 +100,11 @@ def schemes() -> tuple[SchemeInfo, ...]:
     return _SCHEMES
 
 
+def is_calibrated(scheme: Scheme) -> bool:
+    """Return whether a scheme uses calibration text."""
+    return any(info.calibrated for info in _SCHEMES if info.name == scheme.name)
+
+
 def check(scheme: Scheme, source: Manifest, device: str) -> None:
     """Check, before any work, that a model can be quantized with a scheme on a device.
 

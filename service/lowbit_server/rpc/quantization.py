@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 from lowbit.v1 import quantization_pb2 as pb
 from lowbit.v1.quantization_pb2_grpc import QuantizationServiceServicer
 from lowbit_server.errors import LowbitError, Reason, invalid
-from lowbit_server.jobs.spec import EvaluationSpec, QuantizeSpec
-from lowbit_server.quant import registry
+from lowbit_server.jobs.spec import CalibrationSpec, EvaluationSpec, QuantizeSpec
+from lowbit_server.quant import hub_text, registry
 from lowbit_server.rpc import convert
 from lowbit_server.store import sources
 
 if TYPE_CHECKING:
     from lowbit_server.config import Config
     from lowbit_server.jobs.manager import JobManager
+    from lowbit_server.quant.schemes import Scheme
     from lowbit_server.rpc.context import Context
     from lowbit_server.scheduler import Scheduler
     from lowbit_server.store.catalog import Catalog
+    from lowbit_server.store.manifest import Manifest
 
 
 class QuantizationService(QuantizationServiceServicer):
@@ -38,13 +40,14 @@ class QuantizationService(QuantizationServiceServicer):
         self._scheduler.check_open()
         source = self._catalog.resolve(request.source)
         scheme = convert.scheme(request.scheme)
-        if request.HasField("calibration"):
-            raise invalid("calibration", f"scheme {scheme.name} uses no calibration text")
         device = request.device or self._config.devices[0]
         if device not in self._config.devices:
             message = f"no device is named {device!r}; there are: {', '.join(self._config.devices)}"
             raise LowbitError(Reason.DEVICE_NOT_FOUND, message, metadata={"device": device})
         registry.check(scheme, source, device)
+        calibration = await self._calibration(
+            request.calibration, scheme, source, given=request.HasField("calibration")
+        )
         evaluation = None
         if request.HasField("evaluation"):
             evaluation = await self._evaluation(request.evaluation)
@@ -56,6 +59,7 @@ class QuantizationService(QuantizationServiceServicer):
             source=source.name,
             scheme=scheme,
             device=device,
+            calibration=calibration,
             evaluation=evaluation,
             gate=gate,
         )
@@ -102,20 +106,44 @@ class QuantizationService(QuantizationServiceServicer):
         """Belongs to the quality work's next step."""
         raise convert.not_implemented("Evaluate")
 
+    async def _calibration(
+        self, message: pb.Calibration, scheme: Scheme, source: Manifest, *, given: bool
+    ) -> CalibrationSpec | None:
+        """Return what a scheme is calibrated with: by default the built-in text."""
+        if not registry.is_calibrated(scheme):
+            if given:
+                raise invalid("calibration", f"scheme {scheme.name} uses no calibration text")
+            return None
+        numbers = _given(message, "samples", "sequence_tokens", "seed")
+        default = CalibrationSpec.model_fields["sequence_tokens"].default
+        tokens = numbers.setdefault("sequence_tokens", min(default, source.context_tokens))
+        if tokens > source.context_tokens:
+            raise invalid(
+                "calibration.sequence_tokens",
+                f"the context of {source.name} ends at {source.context_tokens}",
+            )
+        text = await self._text(message.source, "calibration")
+        return CalibrationSpec(**text, **numbers, chat_template=message.chat_template)
+
     async def _evaluation(self, message: pb.Evaluation) -> EvaluationSpec:
-        values: dict[str, Any] = {
-            name: getattr(message, name)
-            for name in ("max_tokens", "window_tokens")
-            if message.HasField(name)
-        }
-        match message.source.WhichOneof("kind"):
+        text = await self._text(message.source, "evaluation")
+        return EvaluationSpec(**text, **_given(message, "max_tokens", "window_tokens"))
+
+    async def _text(self, source: pb.TextSource, owner: str) -> dict[str, Any]:
+        """Return the fields of a TextSpec."""
+        match source.WhichOneof("kind"):
             case "file":
                 path = await asyncio.to_thread(
-                    sources.locate, message.source.file.path, self._config.import_roots
+                    sources.locate, source.file.path, self._config.import_roots
                 )
-                values |= {"text_path": str(path), "text_field": message.source.file.field}
+                return {"text_path": str(path), "text_field": source.file.field}
             case "inline":
-                values["text_inline"] = tuple(message.source.inline.samples)
+                return {"text_inline": tuple(source.inline.samples)}
             case "dataset":
-                raise convert.not_implemented("evaluation.source.dataset")
-        return EvaluationSpec(**values)
+                hub_text.check_name(f"{owner}.source.dataset", source.dataset)
+                return {"dataset": source.dataset}
+        return {}
+
+
+def _given(message: pb.Calibration | pb.Evaluation, *fields: str) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in fields if message.HasField(name)}  # type: ignore[arg-type]

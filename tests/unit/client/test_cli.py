@@ -55,6 +55,9 @@ JOB = Job(
 )
 
 
+GPTQ = ["quantize", "a", "b", "--scheme", "gptq"]
+
+
 def job_events(*jobs: Job) -> Callable[..., Iterator[WatchJobResponse]]:
     return lambda *_: iter(
         [WatchJobResponse(sequence=number, job=job) for number, job in enumerate(jobs, 1)]
@@ -89,6 +92,9 @@ def test_no_server_is_one_line_too(run: Run) -> None:
         (["generate", "m", "p", "--temperature", "hot"], "'--temperature'"),
         (["quantize", "a", "b", "--scheme", "int3"], "allowed are fp32"),
         (["quantize", "a", "b", "--scheme", "int8", "--double-quant"], "no option double_quant"),
+        ([*GPTQ, "--calibration-text", "a", "--calibration-dataset", "c4"], "not both"),
+        ([*GPTQ, "--calibration-field", "text"], "give its path"),
+        ([*GPTQ, "--calibration-samples", "-1"], "-1"),
         (["import", "m"], "exactly one"),
         (["import", "m", "/x", "--type", "int8"], "unknown type"),
         (["jobs", "--state", "asleep"], "allowed are queued"),
@@ -212,6 +218,32 @@ def test_quantize_takes_the_options_of_rtn(server: FakeServer, run: Run) -> None
     (request,) = server.requests("Quantize")
     assert request.scheme == quantization.Scheme(
         rtn=quantization.RtnScheme(bits=3, group_size=-1, sym=True)
+    )
+
+
+def test_quantize_takes_calibration_text(
+    server: FakeServer, run: Run, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.on["Quantize"] = lambda *_: quantization.QuantizeResponse(job=JOB)
+    monkeypatch.chdir(tmp_path)
+    command = ("quantize", "a", "m", "--scheme", "gptq", "--no-wait")
+    run(*command)
+    file = ("--calibration-text", "lines.jsonl", "--calibration-field", "messages")
+    numbers = ("--calibration-samples", "4", "--calibration-tokens", "16")
+    run(*command, *file, *numbers, "--calibration-seed", "7", "--chat-template")
+    run(*command, "--calibration-dataset", "c4")
+    plain, lines, dataset = server.requests("Quantize")
+    assert not plain.HasField("calibration")
+    path = str(tmp_path / "lines.jsonl")
+    assert lines.calibration == quantization.Calibration(
+        source=quantization.TextSource(file=quantization.TextFile(path=path, field="messages")),
+        samples=4,
+        sequence_tokens=16,
+        seed=7,
+        chat_template=True,
+    )
+    assert dataset.calibration == quantization.Calibration(
+        source=quantization.TextSource(dataset="c4")
     )
 
 

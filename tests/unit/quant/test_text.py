@@ -7,13 +7,13 @@ import pytest
 
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.spec import EvaluationSpec
-from lowbit_server.quant.text import builtin_text, evaluation_text
+from lowbit_server.quant.text import builtin_text, check_apart, evaluation_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_the_halves_of_the_builtin_text_share_nothing() -> None:
+def test_the_parts_of_the_builtin_text_share_nothing() -> None:
     text = builtin_text()
     assert builtin_text() == text
     assert min(len(text.calibration), len(text.evaluation)) > 100_000
@@ -22,7 +22,20 @@ def test_the_halves_of_the_builtin_text_share_nothing() -> None:
         for half in (text.calibration, text.evaluation)
     )
     assert not calibration & evaluation
+    check_apart(text.calibration, text.evaluation)
     assert evaluation_text(EvaluationSpec()) == text.evaluation
+
+
+def test_no_more_text_is_read_than_its_tokens_can_reach() -> None:
+    spec = EvaluationSpec(text_inline=("a" * 1000, "b" * 1000, "c" * 1000), max_tokens=16)
+    assert evaluation_text(spec) == "a" * 1000 + "\n\n" + "b" * 1000
+
+
+def test_the_same_text_twice_is_refused() -> None:
+    text = builtin_text()
+    with pytest.raises(LowbitError, match="both have: ") as caught:
+        check_apart(text.calibration, text.calibration[5000:10_000])
+    assert caught.value.violations[0].field == "calibration.source"
 
 
 def test_inline_text_and_files_are_read(tmp_path: Path) -> None:
@@ -34,10 +47,17 @@ def test_inline_text_and_files_are_read(tmp_path: Path) -> None:
     lines.write_text('{"text": "a"}\n\n{"text": "b", "more": 1}\n')
     spec = EvaluationSpec(text_path=str(lines), text_field="text")
     assert evaluation_text(spec) == "a\n\nb"
+    lines.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    with pytest.raises(LowbitError, match="chat messages"):
+        evaluation_text(EvaluationSpec(text_path=str(lines), text_field="messages"))
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", "1", '"text"', "{}", '{"text": 1}', json.dumps({"texts": "a"})]
+    "line",
+    [
+        *("{", "[]", "1", '"text"', "{}", '{"text": 1}', '{"texts": "a"}'),
+        *('{"text": []}', '{"text": [{"role": "user"}]}', '{"text": ["a"]}'),
+    ],
 )
 def test_lines_without_the_field_are_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,10 +21,13 @@ from lowbit.cli.common import (
 )
 from lowbit.cli.models import finish_making
 from lowbit.v1.quantization_pb2 import (
+    Calibration,
     Evaluation,
     ListSchemesResponse,
     QualityGate,
     SchemeAvailability,
+    TextFile,
+    TextSource,
 )
 
 
@@ -54,6 +58,28 @@ def quantize(  # noqa: PLR0913 - options of one request
         bool | None,
         typer.Option("--sym/--no-sym", help="rtn: a grid that is symmetric around zero."),
     ] = None,
+    calibration_text: Annotated[
+        str | None, typer.Option(help="gptq, awq: text or JSON-lines file on the server.")
+    ] = None,
+    calibration_field: Annotated[
+        str, typer.Option(help="gptq, awq: field of each JSON line that holds the text.")
+    ] = "",
+    calibration_dataset: Annotated[
+        str | None,
+        typer.Option(help='gptq, awq: hub data set: c4, wikitext2 or "org/name[:config]".'),
+    ] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(help="gptq, awq: number of samples.")
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="gptq, awq: tokens a sample.")
+    ] = None,
+    calibration_seed: Annotated[
+        int | None, typer.Option(help="gptq, awq: seed of the choice of samples.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="gptq, awq: samples are chat messages.")
+    ] = False,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after.")] = True,
     eval_tokens: Annotated[
         int | None, typer.Option(help="Tokens of held-out text to measure on.")
@@ -80,6 +106,14 @@ def quantize(  # noqa: PLR0913 - options of one request
         min_top1_agreement=min_top1_agreement,
         max_bytes=max_bytes,
     )
+    with usage_errors():
+        calibration = Calibration(
+            samples=calibration_samples,
+            sequence_tokens=calibration_tokens,
+            seed=calibration_seed,
+            chat_template=chat_template,
+            source=_text(calibration_text, calibration_field, calibration_dataset),
+        )
     with connect(context) as client:
         with usage_errors():
             job = client.quantize(
@@ -95,12 +129,24 @@ def quantize(  # noqa: PLR0913 - options of one request
                     sym=sym,
                 ),
                 device=device,
+                calibration=calibration if calibration.ByteSize() else None,
                 evaluation=Evaluation(max_tokens=eval_tokens) if evaluate else None,
                 gate=gate if gate.ByteSize() else None,
                 request_id=request_id,
                 validate_only=dry_run,
             )
         finish_making(client, job, f"quantize {target}", dry_run=dry_run, wait=wait)
+
+
+def _text(path: str | None, field: str, dataset: str | None) -> TextSource | None:
+    """Return where text comes from; None is the built-in text."""
+    if path is not None and dataset is not None:
+        raise typer.BadParameter("give a text or a data set, not both")
+    if path is not None:
+        return TextSource(file=TextFile(path=str(Path(path).absolute()), field=field))
+    if field:
+        raise typer.BadParameter("a field belongs to a JSON-lines file: give its path")
+    return TextSource(dataset=dataset) if dataset is not None else None
 
 
 def schemes(context: typer.Context, *, as_json: AsJson = False) -> None:
