@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lowbit.renamed import replacement
 from lowbit.v1.quantization_pb2 import (
     BNB_QUANT_TYPE_FP4,
     BNB_QUANT_TYPE_NF4,
@@ -66,6 +67,7 @@ def scheme(  # noqa: PLR0913 - the options of all schemes
     sym: bool | None = None,
     damp: float | None = None,
     zero_point: bool | None = None,
+    **others: object,
 ) -> Scheme:
     """Return the Scheme of a name with its options; None keeps the server's default.
 
@@ -80,14 +82,16 @@ def scheme(  # noqa: PLR0913 - the options of all schemes
         sym: gptq, rtn: whether the grid is symmetric around zero.
         damp: gptq: share of the mean Hessian diagonal that is added.
         zero_point: awq: whether the grid has a zero point.
+        others: refused; names of older libraries are answered with what to use instead.
 
     Raises:
         ValueError: for an unknown name, or an option that the scheme does not have;
-            the message lists the allowed ones.
+            the message lists the allowed ones or names the replacement.
 
     """
     _check(
         name,
+        **others,
         outlier_threshold=outlier_threshold,
         compute_type=compute_type,
         double_quant=double_quant,
@@ -123,13 +127,18 @@ def scheme(  # noqa: PLR0913 - the options of all schemes
 
 
 def _check(name: str, **options: object) -> None:
+    known = {option for allowed in _OPTIONS.values() for option in allowed}
+    for old in (name, *(option for option in options if option not in known)):
+        if advice := replacement(old):
+            message = f"{old!r} is a name of another library: {advice}"
+            raise ValueError(message)
     if name not in _OPTIONS:
         message = f"unknown scheme {name!r}; allowed are {', '.join(NAMES)}"
         raise ValueError(message)
     unknown = [
         option
         for option, value in options.items()
-        if value is not None and option not in _OPTIONS[name]
+        if option not in _OPTIONS[name] and (value is not None or option not in known)
     ]
     if unknown:
         allowed = ", ".join(_OPTIONS[name]) or "none"

@@ -14,6 +14,7 @@ from lowbit_server.errors import LowbitError, Reason, invalid
 from lowbit_server.jobs.describing import copied_files, write_config
 from lowbit_server.quant.casting import FLOAT_TYPES, cast, float_type, type_name
 from lowbit_server.quant.foreign import foreign_scheme, stored_parameters
+from lowbit_server.quant.foreign_fields import check_fields
 from lowbit_server.quant.schemes import FloatScheme
 from lowbit_server.store.sealing import disk_full_is_named
 from lowbit_server.store.sources import CONFIG_FILE, TOKENIZER_FILE, Source, read_json
@@ -39,6 +40,7 @@ def import_folder(
     with TensorReader(source.weights) as reader:
         if "quantization_config" in config:
             scheme = foreign_scheme(config["quantization_config"])
+            check_fields(config["quantization_config"])
             if asked is not None:
                 raise invalid("type", f"the source is quantized ({scheme.name}): leave it out")
             parameters = stored_parameters(reader.entries, scheme)

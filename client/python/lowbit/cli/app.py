@@ -10,6 +10,7 @@ from lowbit.cli import demo, generate, jobs, models, quantize, runtime
 from lowbit.cli.server import DemoError
 from lowbit.errors import LowbitError
 from lowbit.options import ADDRESS_VARIABLE, DEFAULT_ADDRESS
+from lowbit.renamed import replacement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +58,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (LowbitError, DemoError) as error:
         return _failed(str(error), 1)
     except typer.TyperException as error:
-        return _failed(f"{error.format_message()} (see lowbit --help)", error.exit_code)
+        advice = replacement(getattr(error, "option_name", ""))
+        advice = f"it is a name of another library: {advice}" if advice else "see lowbit --help"
+        return _failed(f"{error.format_message()} ({advice})", error.exit_code)
     except typer.Abort:
         return 130
     return code if isinstance(code, int) else 0
