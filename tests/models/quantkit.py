@@ -93,6 +93,7 @@ class Store:
         # Jobs stage beside the models here; publishing is the front's part.
         return Context(
             staging=self.models / name,
+            checkpoint=self.models.parent / "checkpoints" / name,
             models=self.models,
             roots=(root,),
             scripted=False,

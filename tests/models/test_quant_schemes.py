@@ -93,7 +93,10 @@ def test_progress_counts_layers(store: Store, tmp_path: Path) -> None:
     done = [report for report in store.progress if report.phase == "quantize"][-1]
     # Three decoder layers and what belongs to none.
     assert (done.done, done.total, done.eta_s) == (4, 4, 0)
-    assert 0 < done.bytes <= store.manifest("small").disk_bytes
+    saved = [report for report in store.progress if report.phase == "save"][-1]
+    assert (saved.done, saved.total) == (4, 4)
+    assert 0 < saved.bytes <= store.manifest("small").disk_bytes
+    assert done.bytes > saved.bytes  # one file for each layer
     assert store.progress[-1].phase == "save"
 
 

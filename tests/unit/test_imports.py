@@ -29,7 +29,7 @@ LAYERS = (
     ("store",),
     ("jobs.spec",),
     ("quant.schemes",),
-    ("config", "errors", "logs", "signals"),
+    ("config", "errors", "hardware", "logs", "signals"),
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

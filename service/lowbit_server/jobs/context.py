@@ -17,6 +17,8 @@ class Context:
 
     staging: Path
     """Folder that the job fills; it may not exist yet."""
+    checkpoint: Path
+    """Folder of what earlier processes of the job have finished; it may not exist yet."""
     models: Path
     """Folder of the store that holds one folder per model; read only."""
     roots: tuple[Path, ...]

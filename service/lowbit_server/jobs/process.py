@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import logging
 import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -58,19 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _attempt(options: argparse.Namespace, reporter: Reporter) -> Failed | None:
     try:
-        spec = JOB_SPEC.validate_json(options.spec.read_bytes())
-        bound = log.bind(job=options.staging.name, kind=spec.kind, model=spec.model)
-        bound.info("job started")
-        _prepare(spec, options.threads)
-        context = Context(
-            staging=options.staging,
-            models=options.models,
-            roots=tuple(options.root),
-            scripted=options.scripted,
-            reporter=reporter,
-        )
-        _run(spec, context)
-        bound.info("job staged", peak_memory_bytes=peak_memory_bytes())
+        with options.spec.open("rb") as file:
+            # Where a killed server has just been started again, the process before this
+            # one may not have noticed yet: the two must not write into the same folders.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            shutil.rmtree(options.staging, ignore_errors=True)
+            _work(JOB_SPEC.validate_json(file.read()), options, reporter)
     except LowbitError as error:
         log.warning("job failed", reason=error.reason, error=error.message)
         return Failed(reason=error.reason, message=error.message)
@@ -86,6 +81,22 @@ def _attempt(options: argparse.Namespace, reporter: Reporter) -> Failed | None:
         message = f"{type(error).__name__}: {error}"
         return Failed(reason=Reason.INTERNAL, message=message[:500])
     return None
+
+
+def _work(spec: ImportSpec | QuantizeSpec, options: argparse.Namespace, reporter: Reporter) -> None:
+    bound = log.bind(job=options.staging.name, kind=spec.kind, model=spec.model)
+    bound.info("job started")
+    _prepare(spec, options.threads)
+    context = Context(
+        staging=options.staging,
+        checkpoint=options.checkpoint,
+        models=options.models,
+        roots=tuple(options.root),
+        scripted=options.scripted,
+        reporter=reporter,
+    )
+    _run(spec, context)
+    bound.info("job staged", peak_memory_bytes=peak_memory_bytes())
 
 
 def _run(spec: ImportSpec | QuantizeSpec, context: Context) -> None:
@@ -125,6 +136,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="lowbit_server.jobs.process", description=__doc__)
     parser.add_argument("--spec", type=Path, required=True, help="JSON file with the job's spec")
     parser.add_argument("--staging", type=Path, required=True, help="folder that the job fills")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder to go on from")
     parser.add_argument("--models", type=Path, required=True, help="folder of the store's models")
     parser.add_argument("--root", type=Path, action="append", default=[], help="import root")
     parser.add_argument("--scripted", action="store_true", help="takes scripted test models")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+import torch
 from tokenizers import Tokenizer
 
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.describing import write_config, write_quantized_manifest
+from lowbit_server.jobs.fingerprint import fingerprint
 from lowbit_server.models.transformers import place
 from lowbit_server.quant import evaluation, gate, registry
 from lowbit_server.quant.calibration import draw
@@ -17,6 +19,7 @@ from lowbit_server.quant.layout import blocks, linear_layers
 from lowbit_server.quant.methods import method
 from lowbit_server.quant.schemes import FloatScheme
 from lowbit_server.quant.text import check_apart, evaluation_text
+from lowbit_server.store.checkpoint import Checkpoint
 from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
 from lowbit_server.store.sealing import disk_full_is_named, seal_files
 from lowbit_server.store.sources import (
@@ -31,8 +34,6 @@ from lowbit_server.store.tensors import TensorReader, TensorWriter
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-
     from lowbit_server.jobs.context import Context
     from lowbit_server.jobs.spec import EvaluationSpec, QuantizeSpec
     from lowbit_server.quant.method import Method
@@ -46,7 +47,7 @@ def quantize_model(spec: QuantizeSpec, context: Context) -> None:
     """Fill the staging folder with a copy of a model in another scheme and its manifest.
 
     Raises LowbitError: MODEL_NOT_FOUND, SCHEME_UNAVAILABLE, INVALID_FIELD, DISK_FULL,
-    QUALITY_GATE_FAILED, ...
+    CHECKPOINT_MISMATCH, QUALITY_GATE_FAILED, ...
     """
     source = context.models / spec.source
     parent = _manifest(source, spec.source)
@@ -64,8 +65,11 @@ def quantize_model(spec: QuantizeSpec, context: Context) -> None:
     chosen = method(spec.scheme, spec.device, source, samples)
     # What the result is stored in where it is not quantized.
     kept = spec.scheme if isinstance(spec.scheme, FloatScheme) else parent.scheme
-    _stream(source, chosen, kept, context)
-    context.reporter.phase("save")
+    digest = samples.digest if samples else ""
+    depends_on = fingerprint(spec, parent, digest)
+    checkpoint = Checkpoint(context.checkpoint, depends_on, threads=torch.get_num_threads())
+    torch.set_num_threads(checkpoint.threads)
+    _stream(source, chosen, kept, checkpoint, context)
     _describe_weights(source, staging, chosen, kept)
     _copy_rest(source, staging, parent)
     files = seal_files(staging)
@@ -74,11 +78,16 @@ def quantize_model(spec: QuantizeSpec, context: Context) -> None:
         quality = _evaluate(source, spec.evaluation, held_out, spec.device, context)
     if spec.gate is not None:
         gate.check(spec.gate, quality, sum(file.bytes for file in files))
-    digest = samples.digest if samples else ""
     write_quantized_manifest(staging, spec, parent, files, quality, digest)
 
 
-def _stream(source: Path, chosen: Method, kept: FloatScheme, context: Context) -> None:
+def _stream(
+    source: Path, chosen: Method, kept: FloatScheme, checkpoint: Checkpoint, context: Context
+) -> None:
+    """Convert the blocks that are not in the checkpoint yet, then write all from there.
+
+    So the result never depends on where the job was interrupted.
+    """
     with TensorReader(shards(source)) as reader:
         context.reporter.phase("quantize")
         linears = []
@@ -90,13 +99,24 @@ def _stream(source: Path, chosen: Method, kept: FloatScheme, context: Context) -
         def read(name: str) -> torch.Tensor:
             return cast(name, reader.tensor(name), FLOAT_TYPES[kept.type])
 
-        expected = len(reader.entries) + _TENSORS_PER_LINEAR * len(linears)
-        context.reporter.phase("quantize", len(parts))
-        with TensorWriter(context.staging, expected) as writer:
-            for done, block in enumerate(parts, 1):
-                for name, tensor in chosen.convert(block, read):
-                    writer.write(name, tensor)
-                context.reporter.progress(done, writer.bytes)
+        if len(checkpoint):
+            chosen.restore(checkpoint.state())
+        context.reporter.phase("quantize", len(parts), len(checkpoint), checkpoint.bytes)
+        for block in parts[len(checkpoint) :]:
+            expected = _stored_tensors(len(block.tensors), len(block.linears))
+            checkpoint.commit(chosen.convert(block, read), chosen.state, expected)
+            context.reporter.progress(len(checkpoint), checkpoint.bytes)
+        expected = _stored_tensors(len(reader.entries), len(linears))
+    context.reporter.phase("save", len(parts))
+    with TensorWriter(context.staging, expected) as writer:
+        for done in range(len(parts)):
+            for name, tensor in checkpoint.block(done):
+                writer.write(name, tensor)
+            context.reporter.progress(done + 1, writer.bytes)
+
+
+def _stored_tensors(tensors: int, linears: int) -> int:
+    return tensors + _TENSORS_PER_LINEAR * linears
 
 
 def _describe_weights(source: Path, staging: Path, chosen: Method, kept: FloatScheme) -> None:

@@ -26,14 +26,14 @@ class Reporter:
         self._stream = stream
         self._clock = clock
         self._phase: Phase = "download"
-        self._total = 0
+        self._total = self._before = 0
         self._started = self._sent = clock()
 
-    def phase(self, phase: Phase, total: int = 0) -> None:
-        """Begin a phase of `total` units; 0 while unknown."""
-        self._phase, self._total = phase, total
+    def phase(self, phase: Phase, total: int = 0, done: int = 0, done_bytes: int = 0) -> None:
+        """Begin a phase of `total` units, 0 while unknown, behind what was done before."""
+        self._phase, self._total, self._before = phase, total, done
         self._started = self._clock()
-        self._progress(0, 0)
+        self._progress(done, done_bytes)
 
     def progress(self, done: int, done_bytes: int = 0) -> None:
         """Say how many units and bytes of the phase are done."""
@@ -48,8 +48,9 @@ class Reporter:
     def _progress(self, done: int, done_bytes: int) -> None:
         self._sent = self._clock()
         # The time that the rest takes at the pace of this phase so far.
-        known = 0 < done <= self._total
-        eta_s = (self._sent - self._started) / done * (self._total - done) if known else None
+        here = done - self._before
+        known = here > 0 and done <= self._total
+        eta_s = (self._sent - self._started) / here * (self._total - done) if known else None
         self.send(
             Progress(
                 phase=self._phase,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+from lowbit_server.hardware import processor_name
 
 
 class Memory(NamedTuple):
@@ -23,7 +23,7 @@ class Cpu:
 
     def description(self) -> str:
         """Return the processor's name and the number of its logical cores."""
-        return f"{_processor_name()}, {psutil.cpu_count()} threads"
+        return f"{processor_name()}, {psutil.cpu_count()} threads"
 
     def memory(self) -> Memory:
         """Return the host's memory; free is what can be had without swapping."""
@@ -57,12 +57,3 @@ class Cuda:
 def find_device(name: str) -> Cpu | Cuda:
     """Return the device that is called `cpu` or `cuda:N`."""
     return Cpu() if name == Cpu.name else Cuda(name)
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

@@ -52,7 +52,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., JobProcess]]:
         file.write_text(spec if isinstance(spec, str) else json.dumps(spec))
         staging = staging or tmp_path / "staging"
         command = [sys.executable, "-m", "lowbit_server.jobs.process", "--spec", str(file)]
-        command += ["--staging", str(staging), "--models", str(tmp_path / "models"), *flags]
+        command += ["--staging", str(staging), "--checkpoint", str(tmp_path / "checkpoint")]
+        command += ["--models", str(tmp_path / "models"), *flags]
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         started.append(JobProcess(process, staging))
