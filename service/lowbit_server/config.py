@@ -73,7 +73,9 @@ class Config(BaseSettings):
     """Largest request message, bytes."""
 
     max_running_jobs: int = Field(default=1, ge=1, le=64)
+    """Jobs that run at one time on each device, and imports that do besides."""
     max_queued_jobs: int = Field(default=100, ge=1, le=100_000)
+    """Jobs that wait at one time, for all devices; the next one is refused."""
 
     worker_start_timeout_s: float = Field(default=120.0, gt=0)
     worker_ping_interval_s: float = Field(default=2.0, gt=0)

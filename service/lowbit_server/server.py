@@ -90,7 +90,9 @@ class Server:
         quantization_pb2_grpc.add_QuantizationServiceServicer_to_server(
             QuantizationService(config, self._catalog, self._jobs, self._scheduler), self._grpc
         )
-        job_pb2_grpc.add_JobServiceServicer_to_server(JobService(self._jobs, records), self._grpc)
+        job_pb2_grpc.add_JobServiceServicer_to_server(
+            JobService(self._jobs, records, self._scheduler), self._grpc
+        )
         runtime_pb2_grpc.add_RuntimeServiceServicer_to_server(
             RuntimeService(config, self._pool, self._scheduler, self._jobs, datetime.now(UTC)),
             self._grpc,
@@ -109,8 +111,8 @@ class Server:
 
     async def start(self) -> str:
         """Start everything and return the address that is served, HOST:PORT."""
-        # First the store, since the jobs that a crash left are failed by it;
-        # then the workers; the port opens last.
+        # First the store, since a job may have been published by a server that died before
+        # it said so; then the jobs and the workers; the port opens last.
         await self._catalog.start()
         await self._jobs.start()
         await self._pool.start()

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import grpc
@@ -14,8 +15,8 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lowbit import AsyncClient, Client, ClientOptions, JobFailedError, LowbitError, WorkerLostError
-from lowbit.v1 import errors_pb2, generation_pb2, generation_pb2_grpc, job_pb2, runtime_pb2
+from lowbit import AsyncClient, Client, ClientOptions, LowbitError, WorkerLostError
+from lowbit.v1 import generation_pb2, generation_pb2_grpc, job_pb2, runtime_pb2
 from lowbit_server.testing import ServerProcess, scripted_model
 
 if TYPE_CHECKING:
@@ -53,6 +54,12 @@ def bring_in(client: Client, source: Path, name: str, *, replicas: int = 1) -> N
 def workers(client: Client) -> dict[str, runtime_pb2.Worker]:
     """Return the workers of the only device by name."""
     return {worker.name: worker for device in client.devices() for worker in device.workers}
+
+
+def job_processes(server: ServerProcess) -> list[psutil.Process]:
+    """Return the job processes that run."""
+    children = psutil.Process(server.pid).children()
+    return [one for one in children if "lowbit_server.jobs.process" in one.cmdline()]
 
 
 @pytest.fixture
@@ -189,24 +196,40 @@ def test_an_engine_error_fails_one_request_only(home: Path) -> None:
         assert workers(client)["cpu/0"].restarts == 0
 
 
-def test_a_killed_server_leaves_no_half_artefact_and_no_running_job(home: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda one: one.name)
+def test_jobs_go_on_by_themselves_after_a_restart(home: Path, number: signal.Signals) -> None:
     source = scripted_model(home.parent / "source")
     with serving(home) as server, Client(server.address) as client:
-        job = client.import_model("m", path=str(source))
-        stream = client.watch_job(job.id)
-        while next(stream).job.state != job_pb2.JOB_STATE_RUNNING:
+        running = client.import_model("running", path=str(source))
+        waiting = client.import_model("waiting", path=str(source))
+        stream = client.watch_job(running.id)
+        until(lambda: bool(job_processes(server)))
+        (process,) = job_processes(server)
+        process.suspend()  # so that it is not done before the server is gone
+        while (event := next(stream)).job.state != job_pb2.JOB_STATE_RUNNING:
             pass
-        server.kill()
+        server.signal(number)
+        server.wait()
         stream.close()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    assert list((home / "models").iterdir()) == []
     with serving(home) as server, Client(server.address) as client:
-        ended = client.get_job(job.id)
-        assert ended.state == job_pb2.JOB_STATE_FAILED
-        assert ended.error.reason == errors_pb2.ERROR_REASON_SERVER_RESTARTED
-        with pytest.raises(JobFailedError):
-            client.wait_job(job.id)
-        assert list(client.models()) == []
+        rest = list(client.watch_job(running.id, event.sequence))
+        assert [one.sequence for one in rest] == [
+            *range(event.sequence + 1, event.sequence + len(rest) + 1)
+        ]
+        states = dict.fromkeys(one.job.state for one in rest)
+        paused = [job_pb2.JOB_STATE_PAUSED] if number is signal.SIGTERM else []
+        assert list(states) == [
+            *paused,
+            job_pb2.JOB_STATE_QUEUED,
+            job_pb2.JOB_STATE_RUNNING,
+            job_pb2.JOB_STATE_SUCCEEDED,
+        ]
+        assert client.wait_job(waiting.id).state == job_pb2.JOB_STATE_SUCCEEDED
+        assert [one.name for one in client.models()] == ["running", "waiting"]
         assert not any((home / "staging").iterdir())
-        bring_in(client, source, "m")  # the name is free
 
 
 def test_sigterm_finishes_running_streams_and_admits_no_more(home: Path) -> None:

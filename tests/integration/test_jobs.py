@@ -170,7 +170,7 @@ def test_models_are_listed_page_by_page_in_order(service: Any, tiny: str) -> Non
     assert [one.name for one in service.client.models(page_size=1)] == names
 
 
-@pytest.mark.parametrize("method", ["GetJob", "WatchJob", "CancelJob", "DeleteJob"])
+@pytest.mark.parametrize("method", ["GetJob", "WatchJob", "CancelJob", "ResumeJob", "DeleteJob"])
 def test_a_job_that_nobody_knows(service: Any, method: str) -> None:
     request = getattr(pb, f"{method}Request")(id="nobody")
     with service.refused(StatusCode.NOT_FOUND, "JOB_NOT_FOUND"):
@@ -220,16 +220,104 @@ def test_a_running_job_that_is_cancelled_leaves_nothing(
         service.client.get_model("big")
 
 
-def test_a_job_whose_process_dies_fails_and_frees_its_name(service: Any, scripted: str) -> None:
-    job = start(service, "orphan", scripted)
+def test_a_process_that_dies_is_replaced(service: Any, scripted: str) -> None:
+    job = start(service, "replaced", scripted)
     service.freeze_job(job.id)
     for process in service.job_processes():
         process.kill()
+    assert ended(service, job.id).state == pb.JOB_STATE_SUCCEEDED
+
+
+def test_a_job_whose_processes_keep_dying_fails_and_can_be_resumed(
+    service: Any, scripted: str, eventually: Callable[..., Any]
+) -> None:
+    job = start(service, "orphan", scripted)
+    dead: set[int] = set()
+    while len(dead) < 3:
+        (process,) = eventually(
+            lambda: [one for one in service.job_processes() if one.pid not in dead]
+        )
+        process.kill()
+        dead.add(process.pid)
     last = ended(service, job.id)
     assert last.state == pb.JOB_STATE_FAILED
     assert last.error.reason == errors_pb2.ERROR_REASON_JOB_PROCESS_LOST
+    assert last.resumable
+    assert not service.job_processes()
     assert not staged(service)
-    assert ended(service, start(service, "orphan", scripted).id).state == pb.JOB_STATE_SUCCEEDED
+    resumed = service.client.resume_job(job.id)
+    assert (resumed.state, resumed.resumable) == (pb.JOB_STATE_QUEUED, False)
+    assert not resumed.HasField("error")
+    assert not resumed.HasField("end_time")
+    events = list(service.client.watch_job(job.id))
+    assert [one.sequence for one in events] == list(range(1, len(events) + 1))
+    assert events[last.sequence - 1].job == last
+    assert events[-1].job.state == pb.JOB_STATE_SUCCEEDED
+    assert not events[-1].job.resumable
+
+
+def test_what_cannot_be_resumed_is_refused(
+    service: Any, scripted: str, tiny: str, frozen: pb.Job
+) -> None:
+    def refused(job: pb.Job, reason: str, code: StatusCode) -> str:
+        assert service.client.get_job(job.id).resumable == (reason == "QUEUE_FULL")
+        with service.refused(code, reason) as refusal:
+            service.once.resume_job(job.id)
+        return refusal.error.message
+
+    waiting = start(service, "waits", scripted)
+    for job in (frozen, waiting):
+        assert "by itself" in refused(job, "JOB_NOT_RESUMABLE", StatusCode.FAILED_PRECONDITION)
+    done = next(one for one in service.client.jobs([pb.JOB_STATE_SUCCEEDED]))
+    assert "ended well" in refused(done, "JOB_NOT_RESUMABLE", StatusCode.FAILED_PRECONDITION)
+    service.client.cancel_job(waiting.id)
+    others = [start(service, f"other-{index}", scripted) for index in range(2)]
+    refused(waiting, "QUEUE_FULL", StatusCode.RESOURCE_EXHAUSTED)
+    for job in others:
+        service.client.cancel_job(job.id)
+    service.client.set_alias("waits", tiny)
+    refused(waiting, "MODEL_EXISTS", StatusCode.ALREADY_EXISTS)
+    service.client.set_alias("waits", "")
+    again = service.client.resume_job(waiting.id)
+    assert (again.state, again.queue_position) == (pb.JOB_STATE_QUEUED, 1)
+    service.client.cancel_job(again.id)
+    with service.refused(StatusCode.NOT_FOUND, "JOB_NOT_FOUND"):
+        service.client.resume_job("nobody")
+
+
+def test_a_cancelled_job_does_not_keep_its_source(service: Any, tiny: str) -> None:
+    service.client.wait_job(service.client.quantize(tiny, "between", "bf16").id)
+    job = service.client.quantize("between", "from-between", "fp32")
+    service.freeze_job(job.id)
+    service.client.cancel_job(job.id)
+    assert ended(service, job.id).resumable
+    service.client.delete_model("between")
+    assert not service.client.get_job(job.id).resumable
+    with service.refused(StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"):
+        service.client.resume_job(job.id)
+
+
+def test_imports_do_not_wait_for_a_device(service: Any, tiny: str, frozen: pb.Job) -> None:
+    assert frozen.device == ""
+    job = service.client.quantize(tiny, "beside", "bf16")
+    assert (job.device, job.queue_position) == ("cpu", 1)
+    assert ended(service, job.id).state == pb.JOB_STATE_SUCCEEDED
+    assert service.client.get_job(frozen.id).state == pb.JOB_STATE_RUNNING
+
+
+def test_the_jobs_that_wait_are_told_their_places(
+    service: Any, scripted: str, frozen: pb.Job
+) -> None:
+    first, second = (start(service, name, scripted) for name in ("place-1", "place-2"))
+    watched = service.client.watch_job(second.id)
+    assert next(watched).job.queue_position == 2
+    service.client.cancel_job(first.id)
+    assert next(watched).job.queue_position == 1
+    assert service.client.get_job(second.id).queue_position == 1
+    (listed,) = service.client.jobs([pb.JOB_STATE_QUEUED])
+    assert (listed.id, listed.queue_position) == (second.id, 1)
+    watched.close()
+    service.client.cancel_job(second.id)
 
 
 def test_only_ended_jobs_are_deleted(service: Any, scripted: str, frozen: pb.Job) -> None:

@@ -1,74 +1,80 @@
-"""The job queue: starts one process per job and records what it reports.
+"""The job queue: starts processes for jobs, in order, and records what they report.
 
 A job process fills a staging folder and reports; only this side publishes, so a job
-can be killed at any moment and nothing half-done is ever loadable.
+can be killed at any moment and nothing half-done is ever loadable. What a quantization
+has finished stays in its checkpoint, from which its next process goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
-from collections import deque
-from contextlib import suppress
+from collections import defaultdict, deque
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import structlog
-from pydantic import ValidationError
 
 from lowbit_server.errors import LowbitError, Reason
+from lowbit_server.jobs.attempt import Attempt
 from lowbit_server.jobs.records import ENDED, Job, JobState, JobStore, now
-from lowbit_server.jobs.spec import JOB_REPORT, Failed, ImportSpec, JobSpec, Progress, QuantizeSpec
+from lowbit_server.jobs.spec import Failed, ImportSpec, JobSpec, Progress, QuantizeSpec
 from lowbit_server.signals import Changed
-from lowbit_server.store.sealing import disk_full_is_named
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-    from pathlib import Path
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
     from lowbit_server.config import Config
     from lowbit_server.store.catalog import Catalog
 
 log = structlog.get_logger()
 
-REPORT_BYTES = 1 << 20
-"""Longest line that a job process may report."""
+MAX_LOST_PROCESSES = 3
+"""So many processes in a row may die without a block finished before their job fails."""
 
 
 class JobManager:
-    """Owns the queue and every job process."""
+    """Owns the queues, one per device, and every job process."""
 
     def __init__(self, config: Config, catalog: Catalog, records: JobStore) -> None:
         """Run jobs on the store at `config.home`; call `start` before anything else."""
         self._config = config
         self._catalog = catalog
         self._records = records
+        self._checkpoints = config.home / "checkpoints"
         self._submitting = asyncio.Lock()
-        # Bounded by config.max_queued_jobs in `submit`.
-        self._queue: deque[str] = deque()
+        # By device; bounded by config.max_queued_jobs in `_check_room`.
+        self._queues: defaultdict[str, deque[str]] = defaultdict(deque)
         self._active: dict[str, Job] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._attempts: dict[str, Attempt] = {}
         self.changed = Changed()
 
     async def start(self) -> None:
-        """Fail the jobs that a stopped server left running; queue those that waited."""
+        """Go on with the jobs of a server that stopped or died: those that ran come first."""
+        await self._remove_leftovers()
         left, _ = await self._records.page(
             [state for state in JobState if state not in ENDED], None, sys.maxsize - 1
         )
-        for job in reversed(left):
-            self._active[job.id] = job
-            if job.state is JobState.QUEUED:
-                self._queue.append(job.id)
+        self._active = {job.id: job for job in reversed(left)}
+        models = {manifest.name for manifest in self._catalog.manifests()}
+        interrupted: list[Job] = []
+        queued: list[Job] = []
+        for job in list(self._active.values()):
+            if job.spec.model in models:
+                # The name was the job's own, so it died between publishing and its last event.
+                await self._end(job, JobState.SUCCEEDED)
             elif job.state is JobState.CANCELLING:
                 await self._end(job, JobState.CANCELLED)
             else:
-                await self._end(job, JobState.FAILED, _restarted())
+                (queued if job.state is JobState.QUEUED else interrupted).append(job)
+        await self._store([self._enqueue(job) for job in (*interrupted, *queued)])
         self._pump()
 
     async def stop(self) -> None:
-        """End every job process; their jobs fail with SERVER_RESTARTED."""
-        self._queue.clear()
+        """Pause the jobs that run and end their processes; the next start goes on with them."""
+        self._queues.clear()
         tasks = list(self._running.values())
         for task in tasks:
             task.cancel()
@@ -77,11 +83,7 @@ class JobManager:
     @property
     def counts(self) -> tuple[int, int]:
         """Jobs that run and jobs that wait."""
-        return len(self._running), len(self._queue)
-
-    def position(self, job: Job) -> int:
-        """Return the job's place in the queue from 1, or 0."""
-        return self._queue.index(job.id) + 1 if job.id in self._queue else 0
+        return len(self._running), sum(map(len, self._queues.values()))
 
     def uses(self, model: str) -> str | None:
         """Return the id of a job that reads or makes a model, if there is one."""
@@ -103,27 +105,19 @@ class JobManager:
                     message = f"request_id {request_id!r} was used for another request"
                     raise LowbitError(Reason.REQUEST_ID_REUSED, message, metadata={"job": known.id})
                 return known
-            self._catalog.check_free("target" if spec.kind == "quantize" else "model", spec.model)
-            if any(job.spec.model == spec.model for job in self._active.values()):
-                message = f"a job that makes {spec.model!r} is under way"
-                raise LowbitError(Reason.MODEL_EXISTS, message, metadata={"model": spec.model})
-            if len(self._queue) >= self._config.max_queued_jobs:
-                message = f"{len(self._queue)} jobs wait already"
-                raise LowbitError(Reason.QUEUE_FULL, message, retry_after_s=30)
+            self._check_name(spec)
+            self._check_room()
             job = Job(
                 id=uuid4().hex,
                 spec=spec,
                 request_id=request_id,
-                queue_position=len(self._queue) + 1,
+                queue_position=len(self._queues[spec.device]) + 1,
                 create_time=now(),
             )
             if validate_only:
                 return job.model_copy(update={"id": ""})
-            await self._records.create(job)
-            self._active[job.id] = job
-            self._queue.append(job.id)
+            await asyncio.shield(self._add(job))
         log.info("job queued", job=job.id, kind=spec.kind, model=spec.model)
-        self._pump()
         return job
 
     async def watch(self, job_id: str, after: int) -> AsyncGenerator[Job]:
@@ -146,116 +140,175 @@ class JobManager:
         return self._active.get(job_id) or await self._records.get(job_id)
 
     async def cancel(self, job_id: str) -> Job:
-        """Ask a job to stop; an ended job stays as it is."""
+        """Ask a job to stop; an ended job stays as it is. Its checkpoint is kept."""
         job = await self.get(job_id)
-        if job_id in self._queue:
-            self._queue.remove(job_id)
-            return await self._end(job, JobState.CANCELLED)
-        if job.state in {JobState.QUEUED, JobState.RUNNING}:
+        queue = self._queues[job.spec.device]
+        if job_id in queue:
+            queue.remove(job_id)
+            job = await self._end(job, JobState.CANCELLED)
+            await self._renumber(job.spec.device)
+        elif job.state in {JobState.QUEUED, JobState.RUNNING}:
+            if attempt := self._attempts.get(job_id):
+                attempt.kill()
             job = await self._change(job, state=JobState.CANCELLING)
-            if process := self._processes.get(job_id):
-                _kill(process)
         return job
 
+    async def resume(self, job_id: str) -> Job:
+        """Queue an ended job again and return it.
+
+        Raises JOB_NOT_FOUND, JOB_NOT_RESUMABLE, MODEL_EXISTS when its name has been taken,
+        MODEL_NOT_FOUND when its source is gone, or QUEUE_FULL.
+        """
+        async with self._submitting:
+            job = await self.get(job_id)
+            self._check_resumable(job)
+            self._check_room()
+            job = self._enqueue(job)
+            self._pump()
+            await self._store([job])
+        log.info("job resumed", job=job.id, model=job.spec.model)
+        return job
+
+    def resumable(self, job: Job) -> bool:
+        """Return whether `resume` would take a job now, if there is room in the queue."""
+        try:
+            self._check_resumable(job)
+        except LowbitError:
+            return False
+        return True
+
     async def delete(self, job_id: str) -> None:
-        """Remove an ended job's record; raise JOB_NOT_FOUND or JOB_NOT_ENDED."""
-        await self._records.delete(job_id)
+        """Remove an ended job's record and checkpoint; raise JOB_NOT_FOUND or JOB_NOT_ENDED."""
+        async with self._submitting:
+            await self._records.delete(job_id)
+            await self._remove_checkpoint(job_id)
         self.changed.notify()
 
+    def _check_name(self, spec: JobSpec) -> None:
+        self._catalog.check_free("target" if spec.kind == "quantize" else "model", spec.model)
+        if any(job.spec.model == spec.model for job in self._active.values()):
+            message = f"a job that makes {spec.model!r} is under way"
+            raise LowbitError(Reason.MODEL_EXISTS, message, metadata={"model": spec.model})
+
+    def _check_room(self) -> None:
+        _, waiting = self.counts
+        if waiting >= self._config.max_queued_jobs:
+            message = f"{waiting} jobs wait already"
+            raise LowbitError(Reason.QUEUE_FULL, message, retry_after_s=30)
+
+    def _check_resumable(self, job: Job) -> None:
+        if why := job.not_resumable:
+            raise LowbitError(Reason.JOB_NOT_RESUMABLE, f"job {job.id} cannot be resumed: {why}")
+        self._check_name(job.spec)
+        if isinstance(job.spec, QuantizeSpec):
+            self._catalog.resolve(job.spec.source)
+
     def _pump(self) -> None:
-        while self._queue and len(self._running) < self._config.max_running_jobs:
-            job_id = self._queue.popleft()
-            self._running[job_id] = asyncio.create_task(self._run(job_id), name=f"job {job_id}")
+        for device, queue in self._queues.items():
+            running = sum(self._active[one].spec.device == device for one in self._running)
+            for _ in range(min(len(queue), self._config.max_running_jobs - running)):
+                job_id = queue.popleft()
+                self._running[job_id] = asyncio.create_task(self._run(job_id), name=f"job {job_id}")
 
     async def _run(self, job_id: str) -> None:
         # Its log lines are the job's, not those of the call that happened to start it.
         structlog.contextvars.clear_contextvars()
-        error: Failed | None
+        error = None
         try:
-            job = self._active[job_id]
-            if job.state is JobState.QUEUED:
-                await self._change(job, state=JobState.RUNNING, queue_position=0, start_time=now())
-                error = await self._work(job_id)
-            else:  # it was cancelled between its turn and this task's first step
-                error = _cancelled()
+            state, error = await self._work(job_id)
         except asyncio.CancelledError:
-            error = _restarted()
+            cancelling = self._active[job_id].state is JobState.CANCELLING
+            state = JobState.CANCELLED if cancelling else JobState.PAUSED
         except LowbitError as failure:
+            state = JobState.FAILED
             error = Failed(reason=failure.reason, message=failure.message)
         except Exception:
             log.exception("job failed", job=job_id)
+            state = JobState.FAILED
             error = Failed(reason=Reason.INTERNAL, message="the server failed; see its log")
         del self._running[job_id]
         job = self._active[job_id]
-        if error is None:
-            await self._end(job, JobState.SUCCEEDED)
-        elif job.state is JobState.CANCELLING:
-            await self._end(job, JobState.CANCELLED)
+        if state is JobState.PAUSED:
+            await self._change(job, state=state)
         else:
-            await self._end(job, JobState.FAILED, error)
+            await self._end(job, state, error)
         self._pump()
 
-    async def _work(self, job_id: str) -> Failed | None:
-        """Run the job's process to its end; return None once the artefact is published."""
+    async def _work(self, job_id: str) -> tuple[JobState, Failed | None]:
+        """Run processes until one gets to an end; return the state and error of the job."""
         job = self._active[job_id]
-        folder = self._config.home / "jobs"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        spec = folder / f"{job.id}.json"
-        with disk_full_is_named(folder):
-            spec.write_text(job.spec.model_dump_json())
-        process = await asyncio.create_subprocess_exec(
-            *self._command(spec, job.id),
-            stdin=asyncio.subprocess.PIPE,  # its end tells the process that we are gone
-            stdout=asyncio.subprocess.PIPE,
-            limit=REPORT_BYTES,
-        )
-        self._processes[job.id] = process
+        if job.state is JobState.CANCELLING:  # between its turn and this task's first step
+            return JobState.CANCELLED, None
+        await self._change(job, state=JobState.RUNNING, queue_position=0, start_time=now())
+        await self._renumber(job.spec.device)
+        finished = lost = 0
+
+        async def on_progress(progress: Progress) -> None:
+            nonlocal finished
+            if progress.phase == "quantize":
+                finished = max(finished, progress.done)
+            await self._change(self._active[job_id], progress=progress)
+
+        while True:
+            before = finished
+            state, error = await self._attempt(job_id, on_progress)
+            if error is None or error.reason is not Reason.JOB_PROCESS_LOST:
+                return state, error
+            lost = 0 if finished > before else lost + 1
+            if lost == MAX_LOST_PROCESSES:
+                return state, error
+            log.warning("job process lost, another one goes on", job=job_id, error=error.message)
+
+    async def _attempt(
+        self, job_id: str, on_progress: Callable[[Progress], Awaitable[None]]
+    ) -> tuple[JobState, Failed | None]:
+        """Run one process of a job and publish what it staged."""
+        job = self._active[job_id]
+        if job.state is JobState.CANCELLING:
+            return JobState.CANCELLED, None
+        attempt = self._attempts[job_id] = Attempt(self._config, job)
         try:
-            if self._active[job.id].state is JobState.CANCELLING:
-                _kill(process)
-            error = await self._follow(process, job.id)
-            if self._active[job.id].state is JobState.CANCELLING:
-                return _cancelled()
+            error = await attempt.run(on_progress)
+            if self._active[job_id].state is JobState.CANCELLING:
+                return JobState.CANCELLED, None
             if error is not None:
-                return error
-            await self._catalog.publish(job.id, job.spec.model)
-            return None
+                return JobState.FAILED, error
+            await self._catalog.publish(job_id, job.spec.model)
+            return JobState.SUCCEEDED, None
         finally:
-            _kill(process)
-            await process.wait()
-            del self._processes[job.id]
-            spec.unlink(missing_ok=True)
-            await self._catalog.discard(job.id)
+            del self._attempts[job_id]
+            await self._catalog.discard(job_id)
 
-    async def _follow(self, process: asyncio.subprocess.Process, job_id: str) -> Failed | None:
-        assert process.stdout is not None  # noqa: S101 - it was asked for
-        with suppress(ValueError, ValidationError):  # a report that cannot be read is no report
-            async for line in process.stdout:
-                report = JOB_REPORT.validate_json(line)
-                if isinstance(report, Failed):
-                    return report
-                if not isinstance(report, Progress):
-                    return None
-                await self._change(self._active[job_id], progress=report)
-        _kill(process)
-        code = await process.wait()
-        return Failed(
-            reason=Reason.JOB_PROCESS_LOST, message=f"the job's process ended with code {code}"
+    async def _add(self, job: Job) -> None:
+        await self._records.create(job)
+        self._active[job.id] = job
+        self._queues[job.spec.device].append(job.id)
+        self._pump()
+
+    def _enqueue(self, job: Job) -> Job:
+        """Put a job at the end of its queue and return its next event."""
+        queue = self._queues[job.spec.device]
+        queue.append(job.id)
+        place = {"state": JobState.QUEUED, "queue_position": len(queue)}
+        self._active[job.id] = _next(job, **place, error=None, end_time=None)
+        return self._active[job.id]
+
+    async def _renumber(self, device: str) -> None:
+        """Tell the jobs that wait for a device their places."""
+        waiting = [self._active[job_id] for job_id in self._queues[device]]
+        await self._store(
+            [
+                _next(job, queue_position=place)
+                for place, job in enumerate(waiting, 1)
+                if job.queue_position != place
+            ]
         )
-
-    def _command(self, spec: Path, job_id: str) -> list[str]:
-        command = [sys.executable, "-m", "lowbit_server.jobs.process", "--spec", str(spec)]
-        command += ["--staging", str(self._config.home / "staging" / job_id)]
-        command += ["--models", str(self._config.home / "models")]
-        for root in self._config.import_roots:
-            command += ["--root", str(root)]
-        if self._config.scripted_models:
-            command += ["--scripted"]
-        return command
 
     async def _end(self, job: Job, state: JobState, error: Failed | None = None) -> Job:
-        job = await self._change(job, state=state, error=error, queue_position=0, end_time=now())
-        del self._active[job.id]
+        job = _next(job, state=state, error=error, queue_position=0, end_time=now())
+        await self._store([job])
+        if job.not_resumable:
+            await self._remove_checkpoint(job.id)
         log.info(
             "job ended",
             job=job.id,
@@ -266,11 +319,39 @@ class JobManager:
         return job
 
     async def _change(self, job: Job, **values: object) -> Job:
-        job = job.model_copy(update={**values, "sequence": job.sequence + 1})
-        self._active[job.id] = job
-        await self._records.update(job)
-        self.changed.notify()
+        job = _next(job, **values)
+        await self._store([job])
         return job
+
+    async def _store(self, jobs: Sequence[Job]) -> None:
+        """Make each job's next event its state; it is stored even if the caller is cancelled."""
+        for job in jobs:
+            if job.ended:
+                self._active.pop(job.id, None)
+            else:
+                self._active[job.id] = job
+        await asyncio.shield(self._write(jobs))
+
+    async def _write(self, jobs: Sequence[Job]) -> None:
+        await self._records.update(*jobs)
+        self.changed.notify()
+
+    async def _remove_checkpoint(self, job_id: str) -> None:
+        await asyncio.to_thread(shutil.rmtree, self._checkpoints / job_id, ignore_errors=True)
+
+    async def _remove_leftovers(self) -> None:
+        """Remove the checkpoints that no job can go on from."""
+        self._checkpoints.mkdir(mode=0o700, exist_ok=True)
+        for folder in list(self._checkpoints.iterdir()):
+            try:
+                job = await self._records.get(folder.name)
+            except LowbitError:
+                why = "there is no such job"
+            else:
+                why = job.not_resumable if job.ended else ""
+            if why:
+                log.warning("removed a checkpoint", job=folder.name, why=why)
+                await self._remove_checkpoint(folder.name)
 
 
 def describe_source(spec: ImportSpec | QuantizeSpec) -> str:
@@ -278,16 +359,6 @@ def describe_source(spec: ImportSpec | QuantizeSpec) -> str:
     return spec.source if isinstance(spec, QuantizeSpec) else spec.path or spec.hub_id or ""
 
 
-def _restarted() -> Failed:
-    return Failed(
-        reason=Reason.SERVER_RESTARTED, message="the server stopped while the job ran; ask again"
-    )
-
-
-def _cancelled() -> Failed:
-    return Failed(reason=Reason.CANCELLED, message="the job was cancelled")
-
-
-def _kill(process: asyncio.subprocess.Process) -> None:
-    with suppress(ProcessLookupError):
-        process.kill()
+def _next(job: Job, **values: object) -> Job:
+    """Return the job as it is at its next event."""
+    return job.model_copy(update={**values, "sequence": job.sequence + 1})

@@ -25,12 +25,26 @@ class JobState(StrEnum):
     QUEUED = "QUEUED"
     RUNNING = "RUNNING"
     CANCELLING = "CANCELLING"
+    PAUSED = "PAUSED"
     SUCCEEDED = "SUCCEEDED"
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
 
 
 ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+RESUMABLE = frozenset(
+    {
+        Reason.JOB_PROCESS_LOST,
+        Reason.SERVER_RESTARTED,  # in the records of an older version
+        Reason.DISK_FULL,
+        Reason.INSUFFICIENT_DEVICE_MEMORY,
+        Reason.SCHEME_UNAVAILABLE,
+        Reason.SOURCE_NOT_FOUND,
+        Reason.CHECKPOINT_MISMATCH,
+        Reason.INTERNAL,
+    }
+)
+"""What a job may fail with through no fault of its own: the machine or the store can change."""
 
 
 class Job(BaseModel):
@@ -45,7 +59,7 @@ class Job(BaseModel):
     error: Failed | None = None
     request_id: str = ""
     queue_position: int = 0
-    """Place in the queue, from 1, when it was queued; 0 once it runs."""
+    """Place among the jobs that wait for its device, from 1; 0 once it runs."""
     create_time: datetime
     start_time: datetime | None = None
     end_time: datetime | None = None
@@ -55,6 +69,17 @@ class Job(BaseModel):
     def ended(self) -> bool:
         """Whether the state will not change again."""
         return self.state in ENDED
+
+    @property
+    def not_resumable(self) -> str:
+        """Why nobody can go on with it; empty where somebody can."""
+        if not self.ended:
+            return f"it is {self.state} and goes on by itself"
+        if self.state is JobState.SUCCEEDED:
+            return "it ended well"
+        if self.error is not None and self.error.reason not in RESUMABLE:
+            return f"it failed with {self.error.reason} and would fail again"
+        return ""
 
 
 def now() -> datetime:
@@ -96,17 +121,18 @@ class JobStore:
 
         return await self._database.run(query)
 
-    async def update(self, job: Job) -> None:
-        """Store the next event of a job; `job.sequence` is one more than the last."""
+    async def update(self, *changed: Job) -> None:
+        """Store the next event of each job; its sequence is one more than the last."""
 
         def query(connection: sa.Connection) -> None:
-            record = job.model_dump_json()
-            connection.execute(
-                jobs.update().where(jobs.c.id == job.id).values(state=job.state, record=record)
-            )
-            connection.execute(
-                job_events.insert().values(job=job.id, sequence=job.sequence, record=record)
-            )
+            for job in changed:
+                record = job.model_dump_json()
+                connection.execute(
+                    jobs.update().where(jobs.c.id == job.id).values(state=job.state, record=record)
+                )
+                connection.execute(
+                    job_events.insert().values(job=job.id, sequence=job.sequence, record=record)
+                )
 
         await self._database.run(query)
 

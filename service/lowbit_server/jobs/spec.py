@@ -78,6 +78,11 @@ class ImportSpec(_Record):
         """Whether it comes from the hub."""
         return self.hub_id is not None
 
+    @property
+    def device(self) -> str:
+        """Empty: an import works on no device."""
+        return ""
+
 
 class QuantizeSpec(_Record):
     """Makes a smaller copy of a model."""

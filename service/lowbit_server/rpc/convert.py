@@ -195,7 +195,7 @@ def load_progress(replica: Replica) -> model_pb2.LoadResponse:
 # Jobs
 
 
-def job(record: Job, queue_position: int) -> job_pb2.Job:
+def job(record: Job) -> job_pb2.Job:
     """Return the message of a job."""
     spec = record.spec
     message = job_pb2.Job(
@@ -205,11 +205,13 @@ def job(record: Job, queue_position: int) -> job_pb2.Job:
         model=spec.model,
         source=describe_source(spec),
         scheme=spec.scheme.name if spec.kind == "quantize" else "",
-        queue_position=queue_position,
+        queue_position=record.queue_position,
         progress=_progress(record.progress) if record.progress else None,
         error=_job_error(record.error) if record.error else None,
         request_id=record.request_id,
         sequence=record.sequence,
+        resumable=not record.not_resumable,
+        device=spec.device,
     )
     for name in ("create_time", "start_time", "end_time"):
         if (moment := getattr(record, name)) is not None:

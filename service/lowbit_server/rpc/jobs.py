@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lowbit_server.jobs.manager import JobManager
     from lowbit_server.jobs.records import Job, JobStore
     from lowbit_server.rpc.context import Context
+    from lowbit_server.scheduler import Scheduler
 
 PAGE_SIZE = 50
 _PAGE_TOKEN = re.compile(r"[0-9]{1,18}")  # SQLite's integers have 64 bits
@@ -24,10 +25,11 @@ _PAGE_TOKEN = re.compile(r"[0-9]{1,18}")  # SQLite's integers have 64 bits
 class JobService(JobServiceServicer):
     """Thin over the job queue and its records."""
 
-    def __init__(self, jobs: JobManager, records: JobStore) -> None:
+    def __init__(self, jobs: JobManager, records: JobStore, scheduler: Scheduler) -> None:
         """Serve the jobs of `jobs`."""
         self._jobs = jobs
         self._records = records
+        self._scheduler = scheduler
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
         """Return one job."""
@@ -37,12 +39,8 @@ class JobService(JobServiceServicer):
         """Return a page of jobs, newest first; the token is the last job's number."""
         if request.page_token and _PAGE_TOKEN.fullmatch(request.page_token) is None:
             raise invalid("page_token", "use next_page_token of the page before")
-        known = set(JobState)  # PAUSED is of the API, but no job of this version is ever so
-        states = [state for state in known if state in map(_state, request.states)]
-        if request.states and not states:
-            return pb.ListJobsResponse()
         page, more = await self._records.page(
-            states,
+            [_state(state) for state in request.states],
             int(request.page_token) if request.page_token else None,
             request.page_size if request.HasField("page_size") else PAGE_SIZE,
         )
@@ -54,8 +52,8 @@ class JobService(JobServiceServicer):
         """Send past and coming events of a job until it has ended."""
         async with aclosing(self._jobs.watch(request.id, request.after_sequence)) as events:
             async for job in events:
-                message = convert.job(job, job.queue_position)
-                await context.write(pb.WatchJobResponse(sequence=job.sequence, job=message))
+                message = pb.WatchJobResponse(sequence=job.sequence, job=convert.job(job))
+                await context.write(message)
 
     async def CancelJob(
         self, request: pb.CancelJobRequest, context: Context
@@ -66,19 +64,23 @@ class JobService(JobServiceServicer):
     async def ResumeJob(
         self, request: pb.ResumeJobRequest, context: Context
     ) -> pb.ResumeJobResponse:
-        """Belongs to the durability work's next step."""
-        raise convert.not_implemented("ResumeJob")
+        """Queue an ended job again."""
+        self._scheduler.check_open()
+        return pb.ResumeJobResponse(job=self._message(await self._jobs.resume(request.id)))
 
     async def DeleteJob(
         self, request: pb.DeleteJobRequest, context: Context
     ) -> pb.DeleteJobResponse:
-        """Remove an ended job's record."""
+        """Remove an ended job's record and checkpoint."""
         await self._jobs.delete(request.id)
         return pb.DeleteJobResponse()
 
     def _message(self, job: Job) -> pb.Job:
-        return convert.job(job, self._jobs.position(job))
+        message = convert.job(job)
+        # An event tells what was so then, this what is so now: its source may be gone.
+        message.resumable = self._jobs.resumable(job)
+        return message
 
 
-def _state(value: int) -> str:
-    return pb.JobState.Name(value).removeprefix("JOB_STATE_")  # type: ignore[arg-type]
+def _state(value: pb.JobState.ValueType) -> JobState:
+    return JobState(pb.JobState.Name(value).removeprefix("JOB_STATE_"))

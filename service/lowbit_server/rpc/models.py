@@ -90,7 +90,7 @@ class ModelService(ModelServiceServicer):
         else:
             spec = spec.model_copy(update={"hub_id": request.source.hub_id})
         job = await self._jobs.submit(spec, request.request_id, validate_only=request.validate_only)
-        return pb.ImportModelResponse(job=convert.job(job, self._jobs.position(job)))
+        return pb.ImportModelResponse(job=convert.job(job))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """Return one model."""

@@ -64,7 +64,7 @@ class QuantizationService(QuantizationServiceServicer):
             gate=gate,
         )
         job = await self._jobs.submit(spec, request.request_id, validate_only=request.validate_only)
-        return pb.QuantizeResponse(job=convert.job(job, self._jobs.position(job)))
+        return pb.QuantizeResponse(job=convert.job(job))
 
     async def ListSchemes(
         self,

@@ -16,7 +16,9 @@ from lowbit.v1.errors_pb2 import ERROR_REASON_DISK_FULL
 from lowbit.v1.job_pb2 import (
     JOB_KIND_QUANTIZE,
     JOB_PHASE_QUANTIZE,
+    JOB_STATE_CANCELLED,
     JOB_STATE_FAILED,
+    JOB_STATE_PAUSED,
     JOB_STATE_QUEUED,
     JOB_STATE_RUNNING,
     JOB_STATE_SUCCEEDED,
@@ -26,6 +28,7 @@ from lowbit.v1.job_pb2 import (
     JobError,
     JobProgress,
     ListJobsResponse,
+    ResumeJobResponse,
     WatchJobResponse,
 )
 from tests.unit.client.fake import refuse
@@ -305,6 +308,24 @@ def test_changes_say_what_they_did(server: FakeServer, run: Run) -> None:
     assert run("models", "alias", "best", "m")[1] == "best -> m\n"
     assert run("models", "alias", "best")[1] == "best: removed\n"
     assert run("jobs", "cancel", "j1")[1] == "j1: running\n"
+
+
+def test_a_job_that_can_be_resumed_says_how(server: FakeServer, run: Run) -> None:
+    cancelled = Job(id="j1", state=JOB_STATE_CANCELLED, device="cpu", resumable=True)
+    server.on["GetJob"] = lambda *_: GetJobResponse(job=cancelled)
+    assert "lowbit jobs resume j1" in run("jobs", "show", "j1")[1]
+    queued = Job(id="j1", state=JOB_STATE_QUEUED, queue_position=2)
+    server.on["ResumeJob"] = lambda *_: ResumeJobResponse(job=queued)
+    assert run("jobs", "resume", "j1")[:2] == (0, "j1: queued\n")
+    server.on["ResumeJob"] = lambda _, context: refuse(
+        context, grpc.StatusCode.FAILED_PRECONDITION, "JOB_NOT_RESUMABLE", message="ended well"
+    )
+    code, _, err = run("jobs", "resume", "j1")
+    assert code == 1
+    assert "ended well" in err
+    paused = Job(id="j1", state=JOB_STATE_PAUSED)
+    server.on["ListJobs"] = lambda *_: ListJobsResponse(jobs=[paused])
+    assert "paused" in run("jobs", "list", "--state", "paused")[1]
 
 
 def test_help_names_every_command(run: Run) -> None:

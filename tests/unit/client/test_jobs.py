@@ -23,6 +23,7 @@ from lowbit.v1.job_pb2 import (
     JobState,
     ListJobsRequest,
     ListJobsResponse,
+    ResumeJobResponse,
     WatchJobRequest,
     WatchJobResponse,
 )
@@ -179,5 +180,7 @@ async def test_async_pages(server: FakeServer, aclient: AsyncClient) -> None:
 def test_control(server: FakeServer, client: Client) -> None:
     server.on["GetJob"] = lambda request, _: GetJobResponse(job=Job(id=request.id))
     server.on["CancelJob"] = lambda request, _: CancelJobResponse(job=Job(id=request.id))
+    server.on["ResumeJob"] = lambda request, _: ResumeJobResponse(job=Job(id=request.id))
     assert client.get_job("j").id == "j"
     assert client.cancel_job("j").id == "j"
+    assert client.resume_job("j").id == "j"

@@ -1,4 +1,4 @@
-"""Commands that follow and stop jobs."""
+"""Commands that follow, stop and resume jobs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lowbit.v1.job_pb2 import (
     ListJobsResponse,
 )
 
-app = typer.Typer(help="List, watch and cancel jobs.", invoke_without_command=True)
+app = typer.Typer(help="List, watch, cancel and resume jobs.", invoke_without_command=True)
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of a job.", show_default=False)]
 States = Annotated[
@@ -40,7 +40,7 @@ _STATES = {
 
 @app.callback()
 def root(context: typer.Context, *, state: States = None, as_json: AsJson = False) -> None:
-    """List, watch and cancel jobs."""
+    """List, watch, cancel and resume jobs."""
     if context.invoked_subcommand is None:
         list_(context, state=state, as_json=as_json)
 
@@ -69,8 +69,12 @@ def show(context: typer.Context, job_id: JobId, *, as_json: AsJson = False) -> N
         return
     names = ("id", "kind", "state", "model", "scheme", "made", "progress")
     facts = list(zip(names, _row(job), strict=True))
+    if job.device:
+        facts.append(("device", job.device))
     if job.HasField("error"):
         facts.append(("error", f"{reason_name(job.error.reason)}: {job.error.message}"))
+    if job.resumable:
+        facts.append(("resume with", f"lowbit jobs resume {job.id}"))
     print_facts(facts)
 
 
@@ -94,7 +98,19 @@ def cancel(context: typer.Context, job_id: JobId) -> None:
     """Ask a job to stop."""
     with connect(context) as client:
         job = client.cancel_job(job_id)
-    typer.echo(f"{job_id}: {enum_name(JobState.DESCRIPTOR, job.state, 'JOB_STATE_')}")
+    typer.echo(f"{job_id}: {_state_name(job)}")
+
+
+@app.command()
+def resume(context: typer.Context, job_id: JobId) -> None:
+    """Go on with a job that was cancelled or interrupted."""
+    with connect(context) as client:
+        job = client.resume_job(job_id)
+    typer.echo(f"{job_id}: {_state_name(job)}")
+
+
+def _state_name(job: Job) -> str:
+    return enum_name(JobState.DESCRIPTOR, job.state, "JOB_STATE_")
 
 
 def _state(name: str) -> JobState.ValueType:
@@ -108,7 +124,7 @@ def _row(job: Job) -> tuple[str, ...]:
     return (
         job.id,
         enum_name(JobKind.DESCRIPTOR, job.kind, "JOB_KIND_"),
-        enum_name(JobState.DESCRIPTOR, job.state, "JOB_STATE_"),
+        _state_name(job),
         job.model,
         job.scheme,
         moment(job.create_time),

@@ -71,9 +71,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_SHUTTING_DOWN: _ErrorReason.ValueType  # 23
     """UNAVAILABLE: the server is draining and admits nothing new."""
     ERROR_REASON_SERVER_RESTARTED: _ErrorReason.ValueType  # 24
-    """A FAILED job: the server stopped while the job ran."""
+    """A FAILED job of an older server, which stopped while the job ran."""
     ERROR_REASON_JOB_PROCESS_LOST: _ErrorReason.ValueType  # 25
-    """A FAILED job: the job's process died."""
+    """A FAILED job: its processes died, several in a row without getting on."""
     ERROR_REASON_CANCELLED: _ErrorReason.ValueType  # 26
     """CANCELLED: somebody cancelled the operation."""
     ERROR_REASON_NOT_IMPLEMENTED: _ErrorReason.ValueType  # 27
@@ -144,9 +144,9 @@ ERROR_REASON_DISK_FULL: ErrorReason.ValueType  # 22
 ERROR_REASON_SHUTTING_DOWN: ErrorReason.ValueType  # 23
 """UNAVAILABLE: the server is draining and admits nothing new."""
 ERROR_REASON_SERVER_RESTARTED: ErrorReason.ValueType  # 24
-"""A FAILED job: the server stopped while the job ran."""
+"""A FAILED job of an older server, which stopped while the job ran."""
 ERROR_REASON_JOB_PROCESS_LOST: ErrorReason.ValueType  # 25
-"""A FAILED job: the job's process died."""
+"""A FAILED job: its processes died, several in a row without getting on."""
 ERROR_REASON_CANCELLED: ErrorReason.ValueType  # 26
 """CANCELLED: somebody cancelled the operation."""
 ERROR_REASON_NOT_IMPLEMENTED: ErrorReason.ValueType  # 27

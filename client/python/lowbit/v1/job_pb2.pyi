@@ -66,7 +66,7 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     JOB_STATE_CANCELLING: _JobState.ValueType  # 3
     """It was asked to stop and has not ended yet."""
     JOB_STATE_PAUSED: _JobState.ValueType  # 4
-    """It stopped at a checkpoint and can be resumed."""
+    """The server was stopped; its next start goes on with the job from the last checkpoint."""
     JOB_STATE_SUCCEEDED: _JobState.ValueType  # 5
     """It ended well."""
     JOB_STATE_FAILED: _JobState.ValueType  # 6
@@ -86,7 +86,7 @@ JOB_STATE_RUNNING: JobState.ValueType  # 2
 JOB_STATE_CANCELLING: JobState.ValueType  # 3
 """It was asked to stop and has not ended yet."""
 JOB_STATE_PAUSED: JobState.ValueType  # 4
-"""It stopped at a checkpoint and can be resumed."""
+"""The server was stopped; its next start goes on with the job from the last checkpoint."""
 JOB_STATE_SUCCEEDED: JobState.ValueType  # 5
 """It ended well."""
 JOB_STATE_FAILED: JobState.ValueType  # 6
@@ -238,7 +238,7 @@ class Job(_message.Message):
     scheme: _builtins.str
     """Scheme that it applies, such as "nf4"; empty where there is none."""
     queue_position: _builtins.int
-    """Place in the queue from 1; 0 once it runs."""
+    """Place from 1 among the jobs that wait for its device; 0 once it runs."""
     request_id: _builtins.str
     """The request_id that made it."""
     sequence: _builtins.int
@@ -246,7 +246,7 @@ class Job(_message.Message):
     resumable: _builtins.bool
     """Whether it has ended and ResumeJob can go on with it."""
     device: _builtins.str
-    """Device that it works on; jobs of one device wait for each other."""
+    """Device that it works on, empty for imports; jobs of one device wait for each other."""
     @_builtins.property
     def progress(self) -> Global___JobProgress:
         """Last progress."""
@@ -261,7 +261,7 @@ class Job(_message.Message):
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """When its process started."""
+        """When it last began to run."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:

@@ -94,21 +94,22 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """Asks a job to stop. Ended jobs stay as they are.
+        """Asks a job to stop and keeps its checkpoint. Ended jobs stay as they are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeJob(self, request, context):
-        """Goes on with a job that was cancelled or interrupted, from its last checkpoint.
+        """Queues a job again that was cancelled or failed through no fault of its own; it goes on
+        from its last checkpoint. Its source must still be there and its model's name free.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteJob(self, request, context):
-        """Removes the record of an ended job. What it made stays.
+        """Removes the record and the checkpoint of an ended job. What it made stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

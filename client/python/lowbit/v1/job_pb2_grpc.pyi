@@ -42,11 +42,13 @@ class JobServiceStub:
     the job. All watchers see the same sequence, whenever they join.
     """
     CancelJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.CancelJobRequest, _job_pb2.CancelJobResponse]
-    """Asks a job to stop. Ended jobs stay as they are."""
+    """Asks a job to stop and keeps its checkpoint. Ended jobs stay as they are."""
     ResumeJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.ResumeJobRequest, _job_pb2.ResumeJobResponse]
-    """Goes on with a job that was cancelled or interrupted, from its last checkpoint."""
+    """Queues a job again that was cancelled or failed through no fault of its own; it goes on
+    from its last checkpoint. Its source must still be there and its model's name free.
+    """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_job_pb2.DeleteJobRequest, _job_pb2.DeleteJobResponse]
-    """Removes the record of an ended job. What it made stays."""
+    """Removes the record and the checkpoint of an ended job. What it made stays."""
 
 @_typing.type_check_only
 class JobServiceAsyncStub(JobServiceStub):
@@ -62,11 +64,13 @@ class JobServiceAsyncStub(JobServiceStub):
     the job. All watchers see the same sequence, whenever they join.
     """
     CancelJob: _aio.UnaryUnaryMultiCallable[_job_pb2.CancelJobRequest, _job_pb2.CancelJobResponse]  # type: ignore[assignment]
-    """Asks a job to stop. Ended jobs stay as they are."""
+    """Asks a job to stop and keeps its checkpoint. Ended jobs stay as they are."""
     ResumeJob: _aio.UnaryUnaryMultiCallable[_job_pb2.ResumeJobRequest, _job_pb2.ResumeJobResponse]  # type: ignore[assignment]
-    """Goes on with a job that was cancelled or interrupted, from its last checkpoint."""
+    """Queues a job again that was cancelled or failed through no fault of its own; it goes on
+    from its last checkpoint. Its source must still be there and its model's name free.
+    """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_job_pb2.DeleteJobRequest, _job_pb2.DeleteJobResponse]  # type: ignore[assignment]
-    """Removes the record of an ended job. What it made stays."""
+    """Removes the record and the checkpoint of an ended job. What it made stays."""
 
 class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     """Follows and controls long work: imports, quantizations, evaluations."""
@@ -103,7 +107,7 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_pb2.CancelJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_pb2.CancelJobResponse, _abc.Awaitable[_job_pb2.CancelJobResponse]]:
-        """Asks a job to stop. Ended jobs stay as they are."""
+        """Asks a job to stop and keeps its checkpoint. Ended jobs stay as they are."""
 
     @_abc_1.abstractmethod
     def ResumeJob(
@@ -111,7 +115,9 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_pb2.ResumeJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_pb2.ResumeJobResponse, _abc.Awaitable[_job_pb2.ResumeJobResponse]]:
-        """Goes on with a job that was cancelled or interrupted, from its last checkpoint."""
+        """Queues a job again that was cancelled or failed through no fault of its own; it goes on
+        from its last checkpoint. Its source must still be there and its model's name free.
+        """
 
     @_abc_1.abstractmethod
     def DeleteJob(
@@ -119,6 +125,6 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_pb2.DeleteJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_pb2.DeleteJobResponse, _abc.Awaitable[_job_pb2.DeleteJobResponse]]:
-        """Removes the record of an ended job. What it made stays."""
+        """Removes the record and the checkpoint of an ended job. What it made stays."""
 
 def add_JobServiceServicer_to_server(servicer: JobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
