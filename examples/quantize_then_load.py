@@ -3,11 +3,10 @@
 import sys
 
 from lowbit import Client
-from lowbit.v1.quantization_pb2 import Evaluation
 
 source, target, scheme = sys.argv[1:]
 with Client() as client:
-    job = client.quantize(source, target, scheme, evaluation=Evaluation(max_tokens=2048))
+    job = client.quantize(source, target, scheme)
     for event in client.watch_job(job.id):
         progress = event.job.progress
         print(f"phase {progress.phase}: {progress.done} of {progress.total}")

@@ -76,6 +76,8 @@ class Config(BaseSettings):
     """Jobs that run at one time on each device, and imports that do besides."""
     max_queued_jobs: int = Field(default=100, ge=1, le=100_000)
     """Jobs that wait at one time, for all devices; the next one is refused."""
+    evaluation_cache_bytes: int = Field(default=4 << 30, ge=0)
+    """What evaluations may keep of the models that others are compared with, bytes on disk."""
 
     worker_start_timeout_s: float = Field(default=120.0, gt=0)
     worker_ping_interval_s: float = Field(default=2.0, gt=0)

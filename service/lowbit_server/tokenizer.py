@@ -31,6 +31,15 @@ TEMPLATE_BYTES = 1 << 20
 """Longest chat template that is read."""
 
 
+def same_vocabulary(one: Path, other: Path) -> bool:
+    """Return whether two models' folders give every token the same id."""
+    files = [folder / "tokenizer.json" for folder in (one, other)]
+    if files[0].read_bytes() == files[1].read_bytes():
+        return True
+    first, second = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
+    return bool(first == second)
+
+
 class ModelTokenizer:
     """The tokenizer and the chat template of one model."""
 

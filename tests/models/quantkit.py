@@ -98,6 +98,8 @@ class Store:
             roots=(root,),
             scripted=False,
             reporter=Reporter(self._stream),
+            cache=self.models.parent / "cache",
+            cache_bytes=1 << 28,
         )
 
     def _sealed(self, name: str) -> Path:

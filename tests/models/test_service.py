@@ -120,8 +120,8 @@ def test_a_missed_gate_fails_the_job_with_what_was_measured(server: ServerProces
         assert "max_mean_kl 0.001: measured 0." in caught.value.job.error.message
         assert "max_bytes" not in caught.value.job.error.message
         assert "gated" not in {model.name for model in client.models()}
-        with pytest.raises(InvalidArgumentError, match="evaluation"):
-            client.quantize("bf16", "gated", "fp4", gate=gate)
+        with pytest.raises(InvalidArgumentError, match="skip_evaluation"):
+            client.quantize("bf16", "gated", "fp4", gate=gate, skip_evaluation=True)
     assert not any((server.home / "staging").iterdir())
 
 

@@ -11,8 +11,9 @@ ROOT = Path(lowbit_server.__file__).parent
 PACKAGE = "lowbit_server"
 
 # From the top. A module belongs to the longest of these names that it begins with, so
-# `quant.schemes` and `jobs.spec`, the records that cross process boundaries, are not of
-# the layers of their folders: they import nothing but each other and errors.
+# `quant.schemes`, `quant.quality` and `jobs.spec`, the records that cross process
+# boundaries, are not of the layers of their folders: they import nothing but each other
+# and errors.
 LAYERS = (
     ("__main__",),
     ("cli", "testing"),
@@ -28,7 +29,7 @@ LAYERS = (
     ("tokenizer",),
     ("store",),
     ("jobs.spec",),
-    ("quant.schemes",),
+    ("quant.schemes", "quant.quality"),
     ("config", "errors", "hardware", "logs", "signals"),
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

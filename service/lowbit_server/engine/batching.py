@@ -15,7 +15,7 @@ from lowbit_server.engine.kv_cache import KvCache
 from lowbit_server.engine.request import Output
 from lowbit_server.engine.roster import Roster
 from lowbit_server.engine.sampler import RowSampler, sample
-from lowbit_server.models.decoder import Batch
+from lowbit_server.models.decoder import CHUNK_TOKENS, Batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
     from lowbit_server.engine.request import Request, Running
     from lowbit_server.models.decoder import DecoderModel
-
-# A prompt is read in chunks of this size, one a step, so that a long one delays the
-# running requests by one chunk's time only. Larger chunks gain little throughput.
-CHUNK_TOKENS = 512
 
 
 @dataclass(slots=True, eq=False)

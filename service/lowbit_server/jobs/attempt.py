@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lowbit_server.config import Config
     from lowbit_server.jobs.records import Job
+    from lowbit_server.jobs.spec import Result
 
 REPORT_BYTES = 1 << 20
 """Longest line that a job process may report."""
@@ -34,8 +35,8 @@ class Attempt:
         self._process: asyncio.subprocess.Process | None = None
         self._killed = False
 
-    async def run(self, on_progress: Callable[[Progress], Awaitable[None]]) -> Failed | None:
-        """Run the process to its end; return None once it has staged the artefact.
+    async def run(self, on_progress: Callable[[Progress], Awaitable[None]]) -> Result:
+        """Run the process to its end and return how it ended.
 
         A process that ends without a word has failed with JOB_PROCESS_LOST.
         """
@@ -71,15 +72,13 @@ class Attempt:
 
 async def _follow(
     process: asyncio.subprocess.Process, on_progress: Callable[[Progress], Awaitable[None]]
-) -> Failed | None:
+) -> Result:
     assert process.stdout is not None  # noqa: S101 - it was asked for
     with suppress(ValueError, ValidationError):  # a report that cannot be read is no report
         async for line in process.stdout:
             report = JOB_REPORT.validate_json(line)
-            if isinstance(report, Failed):
-                return report
             if not isinstance(report, Progress):
-                return None
+                return report
             await on_progress(report)
     with suppress(ProcessLookupError):
         process.kill()
@@ -95,6 +94,8 @@ def command(config: Config, spec: Path, job_id: str) -> list[str]:
     line += ["--staging", str(config.home / "staging" / job_id)]
     line += ["--checkpoint", str(config.home / "checkpoints" / job_id)]
     line += ["--models", str(config.home / "models")]
+    line += ["--cache", str(config.home / "cache")]
+    line += ["--cache-bytes", str(config.evaluation_cache_bytes)]
     for root in config.import_roots:
         line += ["--root", str(root)]
     if config.scripted_models:

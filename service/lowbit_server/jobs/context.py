@@ -26,3 +26,7 @@ class Context:
     scripted: bool
     """Whether scripted test models may be imported."""
     reporter: Reporter
+    cache: Path
+    """Folder of what can be computed again; it may not exist yet."""
+    cache_bytes: int
+    """What evaluations may keep there."""

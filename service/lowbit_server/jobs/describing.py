@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from lowbit_server.errors import LowbitError, Reason
-from lowbit_server.store.manifest import Manifest
+from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
 from lowbit_server.store.sealing import (
     disk_full_is_named,
     file_digest,
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lowbit_server.jobs.spec import ImportSpec, QuantizeSpec
+    from lowbit_server.quant.quality import Quality
     from lowbit_server.quant.schemes import Scheme
-    from lowbit_server.store.manifest import FileEntry, Quality
+    from lowbit_server.store.manifest import FileEntry
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -97,6 +98,15 @@ def write_quantized_manifest(  # noqa: PLR0913 - what a manifest tells
         "libraries": library_versions(),
     }
     write_manifest(folder, parent.model_copy(update=changes))
+
+
+def read_manifest(folder: Path, name: str) -> Manifest:
+    """Return the manifest of a model's folder; raise LowbitError(MODEL_NOT_FOUND)."""
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        message = f"no model is named {name}"
+        raise LowbitError(Reason.MODEL_NOT_FOUND, message, metadata={"model": name}) from error
 
 
 def copied_files(source: Path) -> list[Path]:

@@ -19,14 +19,17 @@ import structlog
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.attempt import Attempt
 from lowbit_server.jobs.records import ENDED, Job, JobState, JobStore, now
-from lowbit_server.jobs.spec import Failed, ImportSpec, JobSpec, Progress, QuantizeSpec
+from lowbit_server.jobs.spec import Failed, JobSpec, Measured, Progress, Result
+from lowbit_server.quant import gate
 from lowbit_server.signals import Changed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
     from lowbit_server.config import Config
+    from lowbit_server.quant.quality import Quality
     from lowbit_server.store.catalog import Catalog
+    from lowbit_server.store.manifest import Manifest
 
 log = structlog.get_logger()
 
@@ -58,13 +61,15 @@ class JobManager:
             [state for state in JobState if state not in ENDED], None, sys.maxsize - 1
         )
         self._active = {job.id: job for job in reversed(left)}
-        models = {manifest.name for manifest in self._catalog.manifests()}
+        models = {manifest.name: manifest for manifest in self._catalog.manifests()}
         interrupted: list[Job] = []
         queued: list[Job] = []
         for job in list(self._active.values()):
-            if job.spec.model in models:
+            if job.spec.kind != "evaluate" and (made := models.get(job.spec.model)):
                 # The name was the job's own, so it died between publishing and its last event.
-                await self._end(job, JobState.SUCCEEDED)
+                error = _missed(job.spec, made)
+                known = job.model_copy(update={"quality": made.quality})
+                await self._end(known, JobState.FAILED if error else JobState.SUCCEEDED, error)
             elif job.state is JobState.CANCELLING:
                 await self._end(job, JobState.CANCELLED)
             else:
@@ -88,9 +93,7 @@ class JobManager:
     def uses(self, model: str) -> str | None:
         """Return the id of a job that reads or makes a model, if there is one."""
         for job in self._active.values():
-            if model == job.spec.model or (
-                isinstance(job.spec, QuantizeSpec) and job.spec.source == model
-            ):
+            if model == job.spec.model or model in job.spec.reads:
                 return job.id
         return None
 
@@ -185,6 +188,8 @@ class JobManager:
         self.changed.notify()
 
     def _check_name(self, spec: JobSpec) -> None:
+        if spec.kind == "evaluate":
+            return
         self._catalog.check_free("target" if spec.kind == "quantize" else "model", spec.model)
         if any(job.spec.model == spec.model for job in self._active.values()):
             message = f"a job that makes {spec.model!r} is under way"
@@ -200,8 +205,8 @@ class JobManager:
         if why := job.not_resumable:
             raise LowbitError(Reason.JOB_NOT_RESUMABLE, f"job {job.id} cannot be resumed: {why}")
         self._check_name(job.spec)
-        if isinstance(job.spec, QuantizeSpec):
-            self._catalog.resolve(job.spec.source)
+        for model in job.spec.reads:
+            self._catalog.resolve(model)
 
     def _pump(self) -> None:
         for device, queue in self._queues.items():
@@ -268,16 +273,29 @@ class JobManager:
             return JobState.CANCELLED, None
         attempt = self._attempts[job_id] = Attempt(self._config, job)
         try:
-            error = await attempt.run(on_progress)
+            result = await attempt.run(on_progress)
             if self._active[job_id].state is JobState.CANCELLING:
                 return JobState.CANCELLED, None
-            if error is not None:
-                return JobState.FAILED, error
-            await self._catalog.publish(job_id, job.spec.model)
-            return JobState.SUCCEEDED, None
+            return await self._take(result, job_id)
         finally:
             del self._attempts[job_id]
             await self._catalog.discard(job_id)
+
+    async def _take(self, result: Result, job_id: str) -> tuple[JobState, Failed | None]:
+        """Publish what a job made or measured; return the state and error that it ends with."""
+        if isinstance(result, Failed):
+            return JobState.FAILED, result
+        job = self._active[job_id]
+        if isinstance(result, Measured):
+            quality: Quality | None = result.quality
+            await self._catalog.set_quality(job.spec.model, result.quality)
+            error = None
+        else:
+            manifest = await self._catalog.publish(job_id, job.spec.model)
+            quality, error = manifest.quality, _missed(job.spec, manifest)
+        # No event of its own: it is said with the job's end.
+        self._active[job_id] = self._active[job_id].model_copy(update={"quality": quality})
+        return JobState.FAILED if error else JobState.SUCCEEDED, error
 
     async def _add(self, job: Job) -> None:
         await self._records.create(job)
@@ -354,11 +372,16 @@ class JobManager:
                 await self._remove_checkpoint(folder.name)
 
 
-def describe_source(spec: ImportSpec | QuantizeSpec) -> str:
-    """Return what a job reads, as it was given."""
-    return spec.source if isinstance(spec, QuantizeSpec) else spec.path or spec.hub_id or ""
-
-
 def _next(job: Job, **values: object) -> Job:
     """Return the job as it is at its next event."""
     return job.model_copy(update={**values, "sequence": job.sequence + 1})
+
+
+def _missed(spec: JobSpec, made: Manifest) -> Failed | None:
+    """Return the limits that a published artefact misses, which was to be kept all the same."""
+    if spec.kind == "quantize" and spec.gate is not None:
+        try:
+            gate.check(spec.gate, made.quality, made.disk_bytes)
+        except LowbitError as error:
+            return Failed(reason=error.reason, message=error.message)
+    return None

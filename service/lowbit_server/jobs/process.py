@@ -23,10 +23,12 @@ from lowbit_server import logs
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.context import Context
 from lowbit_server.jobs.report import Reporter, peak_memory_bytes
-from lowbit_server.jobs.spec import JOB_SPEC, Failed, ImportSpec, QuantizeSpec, Staged
+from lowbit_server.jobs.spec import JOB_SPEC, EvaluateSpec, Failed, ImportSpec, Staged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from lowbit_server.jobs.spec import JobSpec, Measured, Result
 
 log = structlog.get_logger()
 
@@ -43,7 +45,7 @@ _ORPHANED = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job and return 0 when it is staged, 1 when it failed."""
+    """Run the job and return 0 when it is staged or measured, 1 when it failed."""
     options = _options(arguments)
     # Libraries print banners and bars. What they write to stdout goes to stderr; only
     # reports take the pipe.
@@ -53,19 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.nice(_NICENESS)
     threading.Thread(target=_end_with_front, name="stdin", daemon=True).start()
     reporter = Reporter(reports)
-    failure = _attempt(options, reporter)
-    reporter.send(failure or Staged())
-    return 1 if failure else 0
+    result = _attempt(options, reporter)
+    reporter.send(result)
+    return 1 if isinstance(result, Failed) else 0
 
 
-def _attempt(options: argparse.Namespace, reporter: Reporter) -> Failed | None:
+def _attempt(options: argparse.Namespace, reporter: Reporter) -> Result:
     try:
         with options.spec.open("rb") as file:
             # Where a killed server has just been started again, the process before this
             # one may not have noticed yet: the two must not write into the same folders.
             fcntl.flock(file, fcntl.LOCK_EX)
             shutil.rmtree(options.staging, ignore_errors=True)
-            _work(JOB_SPEC.validate_json(file.read()), options, reporter)
+            return _work(JOB_SPEC.validate_json(file.read()), options, reporter)
     except LowbitError as error:
         log.warning("job failed", reason=error.reason, error=error.message)
         return Failed(reason=error.reason, message=error.message)
@@ -80,10 +82,9 @@ def _attempt(options: argparse.Namespace, reporter: Reporter) -> Failed | None:
         log.exception("job failed")
         message = f"{type(error).__name__}: {error}"
         return Failed(reason=Reason.INTERNAL, message=message[:500])
-    return None
 
 
-def _work(spec: ImportSpec | QuantizeSpec, options: argparse.Namespace, reporter: Reporter) -> None:
+def _work(spec: JobSpec, options: argparse.Namespace, reporter: Reporter) -> Staged | Measured:
     bound = log.bind(job=options.staging.name, kind=spec.kind, model=spec.model)
     bound.info("job started")
     _prepare(spec, options.threads)
@@ -94,24 +95,32 @@ def _work(spec: ImportSpec | QuantizeSpec, options: argparse.Namespace, reporter
         roots=tuple(options.root),
         scripted=options.scripted,
         reporter=reporter,
+        cache=options.cache,
+        cache_bytes=options.cache_bytes,
     )
-    _run(spec, context)
-    bound.info("job staged", peak_memory_bytes=peak_memory_bytes())
+    result = _run(spec, context)
+    bound.info(f"job {result.kind}", peak_memory_bytes=peak_memory_bytes())
+    return result
 
 
-def _run(spec: ImportSpec | QuantizeSpec, context: Context) -> None:
+def _run(spec: JobSpec, context: Context) -> Staged | Measured:
     # Imported here, because they import torch: 3 s that a malformed spec need not take.
     if isinstance(spec, ImportSpec):
         from lowbit_server.jobs.importing import import_model  # noqa: PLC0415
 
         import_model(spec, context)
-    else:
-        from lowbit_server.jobs.quantizing import quantize_model  # noqa: PLC0415
+        return Staged()
+    if isinstance(spec, EvaluateSpec):
+        from lowbit_server.jobs.evaluating import evaluate_model  # noqa: PLC0415
 
-        quantize_model(spec, context)
+        return evaluate_model(spec, context)
+    from lowbit_server.jobs.quantizing import quantize_model  # noqa: PLC0415
+
+    quantize_model(spec, context)
+    return Staged()
 
 
-def _prepare(spec: ImportSpec | QuantizeSpec, threads: int | None) -> None:
+def _prepare(spec: JobSpec, threads: int | None) -> None:
     # Must be set before the libraries are imported. Only what comes from the hub may use it.
     if not spec.needs_hub:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -138,6 +147,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--staging", type=Path, required=True, help="folder that the job fills")
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder to go on from")
     parser.add_argument("--models", type=Path, required=True, help="folder of the store's models")
+    parser.add_argument("--cache", type=Path, required=True, help="folder of evaluations' cache")
+    parser.add_argument("--cache-bytes", type=int, default=0, help="what they may keep there")
     parser.add_argument("--root", type=Path, action="append", default=[], help="import root")
     parser.add_argument("--scripted", action="store_true", help="takes scripted test models")
     parser.add_argument("--threads", type=int, help="threads of torch; default: its own choice")

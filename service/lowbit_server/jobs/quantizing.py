@@ -6,13 +6,11 @@ import shutil
 from typing import TYPE_CHECKING
 
 import torch
-from tokenizers import Tokenizer
 
-from lowbit_server.errors import LowbitError, Reason
-from lowbit_server.jobs.describing import write_config, write_quantized_manifest
+from lowbit_server.jobs.describing import read_manifest, write_config, write_quantized_manifest
+from lowbit_server.jobs.evaluating import Subject, cut_text, measure
 from lowbit_server.jobs.fingerprint import fingerprint
-from lowbit_server.models.transformers import place
-from lowbit_server.quant import evaluation, gate, registry
+from lowbit_server.quant import gate, registry
 from lowbit_server.quant.calibration import draw
 from lowbit_server.quant.casting import FLOAT_TYPES, cast, type_name
 from lowbit_server.quant.layout import blocks, linear_layers
@@ -20,24 +18,17 @@ from lowbit_server.quant.methods import method
 from lowbit_server.quant.schemes import FloatScheme
 from lowbit_server.quant.text import check_apart, evaluation_text
 from lowbit_server.store.checkpoint import Checkpoint
-from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
 from lowbit_server.store.sealing import disk_full_is_named, seal_files
-from lowbit_server.store.sources import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    TOKENIZER_FILE,
-    read_json,
-    shards,
-)
+from lowbit_server.store.sources import CONFIG_FILE, INDEX_FILE, read_json, shards
 from lowbit_server.store.tensors import TensorReader, TensorWriter
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lowbit_server.jobs.context import Context
-    from lowbit_server.jobs.spec import EvaluationSpec, QuantizeSpec
+    from lowbit_server.jobs.spec import QuantizeSpec
     from lowbit_server.quant.method import Method
-    from lowbit_server.store.manifest import Quality
+    from lowbit_server.store.manifest import Manifest
 
 # A 4-bit layer is stored as six tensors, weight and scales.
 _TENSORS_PER_LINEAR = 6
@@ -50,7 +41,7 @@ def quantize_model(spec: QuantizeSpec, context: Context) -> None:
     CHECKPOINT_MISMATCH, QUALITY_GATE_FAILED, ...
     """
     source = context.models / spec.source
-    parent = _manifest(source, spec.source)
+    parent = read_manifest(source, spec.source)
     registry.check(spec.scheme, parent, spec.device)
     assert isinstance(parent.scheme, FloatScheme)  # noqa: S101  (just checked)
     staging = context.staging
@@ -73,11 +64,14 @@ def quantize_model(spec: QuantizeSpec, context: Context) -> None:
     _describe_weights(source, staging, chosen, kept)
     _copy_rest(source, staging, parent)
     files = seal_files(staging)
+    disk_bytes = sum(file.bytes for file in files)
     quality = None
     if spec.evaluation is not None:
-        quality = _evaluate(source, spec.evaluation, held_out, spec.device, context)
-    if spec.gate is not None:
-        gate.check(spec.gate, quality, sum(file.bytes for file in files))
+        made = Subject(staging, disk_bytes, parent.context_tokens)
+        windows = cut_text(held_out, source, spec.evaluation)
+        quality = measure(made, parent, windows, spec.device, context)
+    if spec.gate is not None and not spec.gate.keep_artifact:
+        gate.check(spec.gate, quality, disk_bytes)
     write_quantized_manifest(staging, spec, parent, files, quality, digest)
 
 
@@ -135,25 +129,3 @@ def _copy_rest(source: Path, staging: Path, parent: Manifest) -> None:
                 INDEX_FILE,
             }:
                 shutil.copyfile(source / entry.path, staging / entry.path)
-
-
-def _evaluate(
-    source: Path, spec: EvaluationSpec, text: str, device: str, context: Context
-) -> Quality:
-    tokenizer = Tokenizer.from_file(str(source / TOKENIZER_FILE))
-    windows = evaluation.cut(text, tokenizer, spec.max_tokens, spec.window_tokens)
-    context.reporter.phase("evaluate", len(windows.ids))
-    return evaluation.compare(
-        place(source, device),
-        place(context.staging, device),
-        windows,
-        context.reporter.progress,
-    )
-
-
-def _manifest(folder: Path, name: str) -> Manifest:
-    try:
-        return Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
-    except (OSError, ValueError) as error:
-        message = f"no model is named {name}"
-        raise LowbitError(Reason.MODEL_NOT_FOUND, message, metadata={"model": name}) from error

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.spec import Failed, JobSpec, Progress
+from lowbit_server.quant.quality import Quality
 from lowbit_server.store.database import job_events, jobs
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Job(BaseModel):
     state: JobState = JobState.QUEUED
     progress: Progress | None = None
     error: Failed | None = None
+    quality: Quality | None = None
+    """What was measured, once it has ended."""
     request_id: str = ""
     queue_position: int = 0
     """Place among the jobs that wait for its device, from 1; 0 once it runs."""

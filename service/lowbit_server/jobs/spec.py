@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from lowbit_server.errors import Reason
+from lowbit_server.quant.quality import Quality
 from lowbit_server.quant.schemes import FloatType, Scheme
 
 
@@ -83,6 +84,16 @@ class ImportSpec(_Record):
         """Empty: an import works on no device."""
         return ""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the models of the store that it reads."""
+        return ()
+
+    @property
+    def source(self) -> str:
+        """What it reads, as it was given."""
+        return self.path or self.hub_id or ""
+
 
 class QuantizeSpec(_Record):
     """Makes a smaller copy of a model."""
@@ -105,9 +116,42 @@ class QuantizeSpec(_Record):
         """Whether a text of it is a hub data set."""
         return any(text and text.dataset for text in (self.calibration, self.evaluation))
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the models of the store that it reads."""
+        return (self.source,)
 
-JobSpec: TypeAlias = Annotated[ImportSpec | QuantizeSpec, Field(discriminator="kind")]
-JOB_SPEC: TypeAdapter[ImportSpec | QuantizeSpec] = TypeAdapter(JobSpec)
+
+class EvaluateSpec(_Record):
+    """Measures a model against another; makes none."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    model: str
+    against: str
+    """Name of the model that it is compared with."""
+    device: str
+    evaluation: EvaluationSpec
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the models of the store that it reads."""
+        return (self.model, self.against)
+
+    @property
+    def needs_hub(self) -> bool:
+        """Whether its text is a hub data set."""
+        return bool(self.evaluation.dataset)
+
+    @property
+    def source(self) -> str:
+        """What it is compared with."""
+        return self.against
+
+
+JobSpec: TypeAlias = Annotated[
+    ImportSpec | QuantizeSpec | EvaluateSpec, Field(discriminator="kind")
+]
+JOB_SPEC: TypeAdapter[ImportSpec | QuantizeSpec | EvaluateSpec] = TypeAdapter(JobSpec)
 
 Phase: TypeAlias = Literal["download", "calibrate", "quantize", "save", "evaluate"]
 
@@ -141,5 +185,14 @@ class Staged(_Record):
     kind: Literal["staged"] = "staged"
 
 
-JobReport: TypeAlias = Annotated[Progress | Failed | Staged, Field(discriminator="kind")]
-JOB_REPORT: TypeAdapter[Progress | Failed | Staged] = TypeAdapter(JobReport)
+class Measured(_Record):
+    """An evaluation is done; there is no artefact."""
+
+    kind: Literal["measured"] = "measured"
+    quality: Quality
+
+
+Result: TypeAlias = Failed | Staged | Measured
+"""How a job's process ends."""
+JobReport: TypeAlias = Annotated[Progress | Result, Field(discriminator="kind")]
+JOB_REPORT: TypeAdapter[Progress | Result] = TypeAdapter(JobReport)

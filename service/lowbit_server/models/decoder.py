@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+CHUNK_TOKENS = 512
+"""Prompts are read in chunks of this size, one a step, so that a long one delays the
+running requests by one chunk's time only. Larger chunks gain little throughput."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -64,3 +68,6 @@ class DecoderModel(Protocol):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits after each row's last token, (rows, vocabulary) float32."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the logits after every token, (rows, tokens, vocabulary), as computed."""

@@ -1,13 +1,25 @@
-"""How many bytes a model's weights take."""
+"""What a model takes and how fast it is, run as the engine runs it."""
 
 from __future__ import annotations
 
+import statistics
+import time
 from typing import TYPE_CHECKING
 
 import torch
 
+from lowbit_server.models.decoder import CHUNK_TOKENS, Batch
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from lowbit_server.models.decoder import DecoderModel
+
+_PREFILLS = 3
+_PROMPT_TOKENS = 16
+_DECODE_STEPS = 32
 
 
 def live_bytes(model: torch.nn.Module) -> int:
@@ -22,6 +34,66 @@ def live_bytes(model: torch.nn.Module) -> int:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def prompt_logits(model: DecoderModel, prompt: Sequence[int]) -> Iterator[Tensor]:
+    """Yield the logits after every token of a prompt, chunk by chunk as the engine reads it.
+
+    Each is (tokens, vocabulary) in the type that the model computes them in; all chunks
+    but the last have `CHUNK_TOKENS` tokens.
+    """
+    row = _Row(model, len(prompt))
+    for start in range(0, len(prompt), CHUNK_TOKENS):
+        yield model.logits(row.batch(prompt[start : start + CHUNK_TOKENS]))[0]
+
+
+def prefill_tokens_per_second(model: DecoderModel) -> float:
+    """Return the speed of one prompt alone: the median of a few after a first one."""
+    count = min(CHUNK_TOKENS, model.spec.context_tokens)
+    prompt = [index % model.spec.vocab_size for index in range(count)]
+    times = []
+    for _ in range(1 + _PREFILLS):
+        row = _Row(model, count)
+        started = time.perf_counter()
+        # Taking a number waits for the device too.
+        model.forward(row.batch(prompt)).argmax().item()
+        times.append(time.perf_counter() - started)
+    return count / statistics.median(times[1:])
+
+
+def decode_tokens_per_second(model: DecoderModel) -> float:
+    """Return the speed of one stream alone, greedy: the median of a few dozen steps."""
+    count = min(_PROMPT_TOKENS, max(1, model.spec.context_tokens // 2))
+    steps = min(_DECODE_STEPS, model.spec.context_tokens - count)
+    row = _Row(model, count + steps)
+    prompt = [index % model.spec.vocab_size for index in range(count)]
+    token = int(model.forward(row.batch(prompt)).argmax())
+    times = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        token = int(model.forward(row.batch([token])).argmax())
+        times.append(time.perf_counter() - started)
+    return 1 / statistics.median(times)
+
+
+class _Row:
+    """Keys and values of one row of tokens, alone in its KV cache."""
+
+    def __init__(self, model: DecoderModel, capacity: int) -> None:
+        spec = model.spec
+
+        def zeros(heads: int, dim: int) -> Tensor:
+            return torch.zeros(1, heads, capacity, dim, dtype=spec.dtype, device=spec.device)
+
+        self._keys = [zeros(one.heads, one.key_dim) for one in spec.layers]
+        self._values = [zeros(one.heads, one.value_dim) for one in spec.layers]
+        self._length = 0
+
+    def batch(self, tokens: Sequence[int]) -> Batch:
+        """Return the batch that adds these tokens to the row."""
+        start = self._length
+        self._length += len(tokens)
+        return Batch([tokens], [start], self._keys, self._values)
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -95,9 +95,16 @@ class TransformersModel:
         )
         self._check(tokens, expected)
 
-    @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits after each row's last token, (rows, vocabulary) float32."""
+        return self._run(batch, **self._last_only)[:, -1].float()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the logits after every token, (rows, tokens, vocabulary), as computed."""
+        return self._run(batch)
+
+    @torch.inference_mode()
+    def _run(self, batch: Batch, **options: int) -> Tensor:
         device = self.spec.device
         rows = Rows(batch.starts, device)
         tokens = torch.tensor(batch.tokens, device=device)
@@ -107,9 +114,9 @@ class TransformersModel:
             position_ids=positions,
             past_key_values=row_cache(batch, rows, self._windows),
             use_cache=True,
-            **self._last_only,
+            **options,
         ).logits
-        return logits[:, -1].float()
+        return logits
 
     @torch.inference_mode()
     def _plain(self, tokens: Sequence[int]) -> tuple[Tensor, DynamicCache]:

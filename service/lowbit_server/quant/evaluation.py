@@ -1,4 +1,4 @@
-"""Measures what quantizing cost: perplexity, KL divergence and agreement with the source.
+"""What quantizing cost: perplexity, KL divergence and agreement with another model.
 
 Imports torch: for job processes only.
 """
@@ -6,20 +6,21 @@ Imports torch: for job processes only.
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from lowbit_server.errors import invalid
 from lowbit_server.quant.text import CHARACTERS_PER_TOKEN
-from lowbit_server.store.manifest import Quality
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from tokenizers import Tokenizer
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,63 +53,45 @@ def cut(text: str, tokenizer: Tokenizer, max_tokens: int, window_tokens: int) ->
     return Windows(windows, hashlib.sha256(content).hexdigest())
 
 
-@dataclass(frozen=True, slots=True)
-class _Scores:
-    """One value a predicted token."""
+class Divergence:
+    """Compares the logits of two models for the same tokens, some tokens at a time."""
 
-    base_nll: torch.Tensor
-    nll: torch.Tensor
-    kl: torch.Tensor
-    agrees: torch.Tensor
+    def __init__(self) -> None:
+        """Begin with no token."""
+        # Rows of one number a predicted token each, as they come.
+        self._parts: list[Tensor] = []
 
+    def add(self, base: Tensor, own: Tensor, targets: Sequence[int]) -> None:
+        """Take logits, (tokens, vocabulary) of any float type, and the tokens that came next."""
+        # bf16 would lose the small differences that the divergence is made of.
+        log_p, log_q = (logits.float().log_softmax(dim=1) for logits in (base, own))
+        at = torch.tensor(targets, device=own.device).unsqueeze(1)
+        part = (
+            -log_p.gather(1, at).squeeze(1),
+            -log_q.gather(1, at).squeeze(1),
+            (log_p.exp() * (log_p - log_q)).sum(dim=1),
+            (base.argmax(dim=1) == own.argmax(dim=1)).float(),
+        )
+        self._parts.append(torch.stack(part).cpu())
 
-def compare(
-    base: torch.nn.Module,
-    model: torch.nn.Module,
-    windows: Windows,
-    progress: Callable[[int], None],
-) -> Quality:
-    """Measure a model against the one it was made from, on the same tokens.
+    def figures(self) -> dict[str, float]:
+        """Return the fields of `Quality` that speak of quality.
 
-    Perplexity is exp of the mean negative log-likelihood of all predicted tokens; the
-    divergence is KL(base || model) in nats per predicted token. `progress` gets the number
-    of windows that are done.
-    """
-    parts = []
-    with torch.inference_mode():
-        for done, window in enumerate(windows.ids, 1):
-            parts.append(_score(_log_probabilities(base, window), model, window))
-            progress(done)
-    base_nll = torch.cat([part.base_nll for part in parts]).double()
-    nll = torch.cat([part.nll for part in parts]).double()
-    kl = torch.cat([part.kl for part in parts]).double()
-    agrees = torch.cat([part.agrees for part in parts]).double()
-    return Quality(
-        text_digest=windows.digest,
-        tokens=windows.predicted_tokens,
-        perplexity=math.exp(nll.mean().item()),
-        base_perplexity=math.exp(base_nll.mean().item()),
-        mean_kl=kl.mean().item(),
-        p99_kl=kl.quantile(0.99).item(),
-        top1_agreement=agrees.mean().item(),
-    )
+        Perplexity is exp of the mean negative log-likelihood of all tokens; the divergence
+        is KL(base || model) in nats of each token's distribution over the vocabulary.
+        """
+        base_nll, nll, kl, agrees = torch.cat(self._parts, dim=1).double().numpy()
+        return {
+            "perplexity": _perplexity(nll),
+            "base_perplexity": _perplexity(base_nll),
+            "mean_kl": float(kl.mean()),
+            "median_kl": float(np.median(kl)),
+            "p99_kl": float(np.quantile(kl, 0.99)),
+            "max_kl": float(kl.max()),
+            "top1_agreement": float(agrees.mean()),
+        }
 
 
-def _score(base: torch.Tensor, model: torch.nn.Module, window: Sequence[int]) -> _Scores:
-    """Compare with the base's log-probabilities, float32 (tokens - 1, vocabulary)."""
-    own = _log_probabilities(model, window)
-    targets = torch.tensor(window[1:], device=own.device).unsqueeze(1)
-    return _Scores(
-        base_nll=-base.gather(1, targets).squeeze(1),
-        nll=-own.gather(1, targets).squeeze(1),
-        kl=(base.exp() * (base - own)).sum(dim=1),
-        agrees=base.argmax(dim=1) == own.argmax(dim=1),
-    )
-
-
-def _log_probabilities(model: torch.nn.Module, window: Sequence[int]) -> torch.Tensor:
-    device = next(model.parameters()).device
-    ids = torch.tensor([window], device=device)
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    # bf16 would lose the small differences that the divergence is made of.
-    return logits[0, :-1].float().log_softmax(dim=1)
+def _perplexity(nll: NDArray[np.float64]) -> float:
+    with np.errstate(over="ignore"):  # a broken model's may be infinite
+        return float(np.exp(nll.mean()))

@@ -9,7 +9,7 @@ from lowbit_server.errors import LowbitError, Reason
 
 if TYPE_CHECKING:
     from lowbit_server.jobs.spec import GateSpec
-    from lowbit_server.store.manifest import Quality
+    from lowbit_server.quant.quality import Quality
 
 
 def check(gate: GateSpec, quality: Quality | None, disk_bytes: int) -> None:

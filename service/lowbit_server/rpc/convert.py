@@ -16,7 +16,6 @@ from lowbit.v1 import (
 )
 from lowbit.worker.v1.worker_pb2 import Submit
 from lowbit_server.errors import LowbitError, Reason
-from lowbit_server.jobs.manager import describe_source
 from lowbit_server.jobs.spec import GateSpec
 from lowbit_server.pool.replica import ReplicaState
 from lowbit_server.quant.schemes import (
@@ -36,8 +35,9 @@ if TYPE_CHECKING:
     from lowbit_server.jobs.spec import Failed, Progress
     from lowbit_server.pool.replica import Replica
     from lowbit_server.pool.worker import Worker
+    from lowbit_server.quant.quality import Quality
     from lowbit_server.quant.schemes import FloatType, Scheme
-    from lowbit_server.store.manifest import Manifest, Quality
+    from lowbit_server.store.manifest import Manifest
 
 _FLOATS: dict[quantization_pb2.FloatType.ValueType, FloatType] = {
     quantization_pb2.FLOAT_TYPE_FP32: "fp32",
@@ -47,6 +47,7 @@ _FLOATS: dict[quantization_pb2.FloatType.ValueType, FloatType] = {
 _KINDS = {
     "import": job_pb2.JOB_KIND_IMPORT,
     "quantize": job_pb2.JOB_KIND_QUANTIZE,
+    "evaluate": job_pb2.JOB_KIND_EVALUATE,
 }
 
 
@@ -101,7 +102,7 @@ def _given(message: object, *fields: str) -> dict[str, object]:
 def gate(message: quantization_pb2.QualityGate) -> GateSpec:
     """Return the limits that are set."""
     fields = ("max_perplexity_increase", "max_mean_kl", "min_top1_agreement", "max_bytes")
-    return GateSpec(**_given(message, *fields))
+    return GateSpec(**_given(message, *fields), keep_artifact=message.keep_artifact)
 
 
 def scheme_message(value: Scheme) -> quantization_pb2.Scheme | None:
@@ -203,13 +204,14 @@ def job(record: Job) -> job_pb2.Job:
         kind=_KINDS[spec.kind],
         state=job_pb2.JobState.Value(f"JOB_STATE_{record.state}"),
         model=spec.model,
-        source=describe_source(spec),
+        source=spec.source,
         scheme=spec.scheme.name if spec.kind == "quantize" else "",
         queue_position=record.queue_position,
         progress=_progress(record.progress) if record.progress else None,
         error=_job_error(record.error) if record.error else None,
         request_id=record.request_id,
         sequence=record.sequence,
+        quality=quality(record.quality) if record.quality else None,
         resumable=not record.not_resumable,
         device=spec.device,
     )

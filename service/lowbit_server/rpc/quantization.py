@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from lowbit.v1 import quantization_pb2 as pb
 from lowbit.v1.quantization_pb2_grpc import QuantizationServiceServicer
 from lowbit_server.errors import LowbitError, Reason, invalid
-from lowbit_server.jobs.spec import CalibrationSpec, EvaluationSpec, QuantizeSpec
+from lowbit_server.jobs.spec import CalibrationSpec, EvaluateSpec, EvaluationSpec, QuantizeSpec
 from lowbit_server.quant import hub_text, registry
+from lowbit_server.quant.schemes import ScriptedScheme
 from lowbit_server.rpc import convert
 from lowbit_server.store import sources
+from lowbit_server.tokenizer import same_vocabulary
 
 if TYPE_CHECKING:
     from lowbit_server.config import Config
@@ -40,20 +42,22 @@ class QuantizationService(QuantizationServiceServicer):
         self._scheduler.check_open()
         source = self._catalog.resolve(request.source)
         scheme = convert.scheme(request.scheme)
-        device = request.device or self._config.devices[0]
-        if device not in self._config.devices:
-            message = f"no device is named {device!r}; there are: {', '.join(self._config.devices)}"
-            raise LowbitError(Reason.DEVICE_NOT_FOUND, message, metadata={"device": device})
+        device = self._device(request.device)
         registry.check(scheme, source, device)
         calibration = await self._calibration(
             request.calibration, scheme, source, given=request.HasField("calibration")
         )
-        evaluation = None
-        if request.HasField("evaluation"):
-            evaluation = await self._evaluation(request.evaluation)
         gate = convert.gate(request.gate) if request.HasField("gate") else None
-        if gate and gate.needs_quality and evaluation is None:
-            raise invalid("gate", "limits of quality need `evaluation`: nothing would be measured")
+        if request.skip_evaluation:
+            for field, given in (
+                ("evaluation", request.HasField("evaluation")),
+                ("gate", gate is not None and gate.needs_quality),
+            ):
+                if given:
+                    raise invalid(field, "cannot go with `skip_evaluation`, which measures nothing")
+            evaluation = None
+        else:
+            evaluation = await self._evaluation(request.evaluation, source.context_tokens)
         spec = QuantizeSpec(
             model=request.target,
             source=source.name,
@@ -103,8 +107,20 @@ class QuantizationService(QuantizationServiceServicer):
         raise convert.not_implemented("EstimateQuantization")
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> pb.EvaluateResponse:
-        """Belongs to the quality work's next step."""
-        raise convert.not_implemented("Evaluate")
+        """Check that the two can be compared and queue the job."""
+        self._scheduler.check_open()
+        model = self._catalog.resolve(request.model)
+        against = self._against(model, request.against)
+        await self._check_comparable(model, against)
+        context_tokens = min(model.context_tokens, against.context_tokens)
+        spec = EvaluateSpec(
+            model=model.name,
+            against=against.name,
+            device=self._device(request.device),
+            evaluation=await self._evaluation(request.evaluation, context_tokens),
+        )
+        job = await self._jobs.submit(spec, request.request_id, validate_only=False)
+        return pb.EvaluateResponse(job=convert.job(job))
 
     async def _calibration(
         self, message: pb.Calibration, scheme: Scheme, source: Manifest, *, given: bool
@@ -125,9 +141,45 @@ class QuantizationService(QuantizationServiceServicer):
         text = await self._text(message.source, "calibration")
         return CalibrationSpec(**text, **numbers, chat_template=message.chat_template)
 
-    async def _evaluation(self, message: pb.Evaluation) -> EvaluationSpec:
+    def _device(self, name: str) -> str:
+        devices = self._config.devices
+        if name and name not in devices:
+            message = f"no device is named {name!r}; there are: {', '.join(devices)}"
+            raise LowbitError(Reason.DEVICE_NOT_FOUND, message, metadata={"device": name})
+        return name or devices[0]
+
+    def _against(self, model: Manifest, name: str) -> Manifest:
+        """Return the model of a name; without one, the parent as it was then."""
+        if name:
+            return self._catalog.resolve(name)
+        if not model.parent:
+            raise invalid("against", f"{model.name} has no parent: say what to compare it with")
+        parent = self._catalog.resolve(model.parent)
+        if parent.revision != model.source_digest:
+            message = f"{parent.name} is not the model that {model.name} was made from any more"
+            raise invalid("against", f"{message}: say what to compare it with")
+        return parent
+
+    async def _check_comparable(self, model: Manifest, against: Manifest) -> None:
+        for field, one in (("model", model), ("against", against)):
+            if isinstance(one.scheme, ScriptedScheme):
+                raise invalid(field, f"{one.name} is a scripted test model without weights")
+        same = model.vocab_size == against.vocab_size and await asyncio.to_thread(
+            same_vocabulary, self._catalog.path(model), self._catalog.path(against)
+        )
+        if not same:
+            message = f"{against.name} and {model.name} have different vocabularies"
+            raise invalid("against", message)
+
+    async def _evaluation(self, message: pb.Evaluation, context_tokens: int) -> EvaluationSpec:
         text = await self._text(message.source, "evaluation")
-        return EvaluationSpec(**text, **_given(message, "max_tokens", "window_tokens"))
+        spec = EvaluationSpec(**text, **_given(message, "max_tokens", "window_tokens"))
+        if spec.window_tokens <= context_tokens:
+            return spec
+        if message.HasField("window_tokens"):
+            reason = f"is more than the context of {context_tokens} tokens"
+            raise invalid("evaluation.window_tokens", reason)
+        return spec.model_copy(update={"window_tokens": context_tokens})
 
     async def _text(self, source: pb.TextSource, owner: str) -> dict[str, Any]:
         """Return the fields of a TextSpec."""

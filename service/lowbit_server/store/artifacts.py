@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.store.manifest import MANIFEST_FILE, Manifest, check_name
-from lowbit_server.store.sealing import check_files, disk_full_is_named, sync
+from lowbit_server.store.sealing import check_files, disk_full_is_named, sync, write_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,6 +73,23 @@ class ArtifactStore:
             sync(self._models)
             sync(self._staging)
         return manifest
+
+    def rewrite_manifest(self, manifest: Manifest) -> None:
+        """Put another manifest in the place of a model's, whole or not at all.
+
+        It is written in staging first: a model's folder holds only what its manifest lists.
+        Raises MODEL_NOT_FOUND, DISK_FULL.
+        """
+        self.manifest(manifest.name)
+        folder = self._staging / f"manifest-{uuid.uuid4().hex}"
+        with disk_full_is_named(self._staging):
+            folder.mkdir(mode=0o700)
+            try:
+                write_manifest(folder, manifest)
+                (folder / MANIFEST_FILE).replace(self.path(manifest.name) / MANIFEST_FILE)
+                sync(self.path(manifest.name))
+            finally:
+                shutil.rmtree(folder)
 
     def discard(self, job_id: str) -> None:
         """Remove what a job staged, if anything."""

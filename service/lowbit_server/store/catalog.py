@@ -20,6 +20,7 @@ from lowbit_server.store.manifest import Manifest, check_name
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lowbit_server.quant.quality import Quality
     from lowbit_server.store.artifacts import ArtifactStore
     from lowbit_server.store.database import Database
 
@@ -35,6 +36,8 @@ class Catalog:
         self._database = database
         self._manifests: dict[str, Manifest] = {}
         self._aliases: dict[str, str] = {}
+        # One report at a time: each is read, changed and written.
+        self._reporting = asyncio.Lock()
         self.changed = Changed()
 
     async def start(self) -> None:
@@ -89,6 +92,20 @@ class Catalog:
         self._manifests[name] = manifest
         self.changed.notify()
         return manifest
+
+    async def set_quality(self, name: str, quality: Quality) -> None:
+        """Keep a report with the model it speaks of, if it compares it with its parent.
+
+        Its files and its revision stay. Other reports are their jobs' alone.
+        """
+        async with self._reporting:
+            manifest = self.resolve(name)
+            if (quality.base, quality.base_revision) != (manifest.parent, manifest.source_digest):
+                return
+            manifest = manifest.model_copy(update={"quality": quality})
+            await asyncio.to_thread(self._artifacts.rewrite_manifest, manifest)
+            self._manifests[manifest.name] = manifest
+        self.changed.notify()
 
     async def discard(self, job_id: str) -> None:
         """Remove what a job staged, if anything."""

@@ -8,6 +8,7 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict
 
 from lowbit_server.errors import LowbitError, invalid
+from lowbit_server.quant.quality import Quality
 from lowbit_server.quant.schemes import Scheme
 
 MANIFEST_FILE = "lowbit.json"
@@ -22,38 +23,6 @@ class FileEntry(BaseModel):
     path: str
     bytes: int
     sha256: str
-
-
-class Quality(BaseModel):
-    """Measured quality on held-out text; KL divergences in nats."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    text_digest: str
-    tokens: int
-    perplexity: float
-    base_perplexity: float
-    mean_kl: float | None = None
-    median_kl: float | None = None
-    p99_kl: float | None = None
-    max_kl: float | None = None
-    top1_agreement: float | None = None
-    base: str = ""
-    """Name of the model that it was compared with."""
-    base_revision: str = ""
-    device: str = ""
-    disk_bytes: int = 0
-    base_disk_bytes: int = 0
-    live_bytes: int = 0
-    """Bytes live once loaded, without the KV cache."""
-    base_live_bytes: int = 0
-    prefill_tokens_per_second: float = 0
-    base_prefill_tokens_per_second: float = 0
-    decode_tokens_per_second: float = 0
-    """Of one stream."""
-    base_decode_tokens_per_second: float = 0
-    peak_memory_bytes: int = 0
-    """Of the process that measured."""
 
 
 class Ancestor(BaseModel):

@@ -250,16 +250,18 @@ def test_quantize_takes_calibration_text(
     )
 
 
-def test_no_wait_prints_the_job_and_no_evaluate_measures_nothing(
+def test_no_wait_prints_the_job_and_no_evaluation_measures_nothing(
     server: FakeServer, run: Run
 ) -> None:
     server.on["Quantize"] = lambda *_: quantization.QuantizeResponse(job=JOB)
-    assert run("quantize", "a", "m", "--scheme", "int8", "--no-wait", "--no-evaluate") == (
+    assert run("quantize", "a", "m", "--scheme", "int8", "--no-wait", "--no-evaluation") == (
         0,
         "j1\n",
         "",
     )
-    assert not server.requests("Quantize")[0].HasField("evaluation")
+    (request,) = server.requests("Quantize")
+    assert request.skip_evaluation
+    assert not request.HasField("evaluation")
 
 
 def test_a_dry_run_starts_nothing(server: FakeServer, run: Run) -> None:

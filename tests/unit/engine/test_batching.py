@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit_server.engine.batching import CHUNK_TOKENS, BatchingEngine
+from lowbit_server.engine.batching import BatchingEngine
 from lowbit_server.engine.kv_cache import BLOCK_TOKENS
 from lowbit_server.engine.request import Finish, Output, Request
+from lowbit_server.models.decoder import CHUNK_TOKENS
 from tests.unit.engine.counting import VOCAB, CountingModel, expected
 
 TOKEN = CountingModel().spec.token_bytes

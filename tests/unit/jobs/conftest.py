@@ -53,7 +53,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., JobProcess]]:
         staging = staging or tmp_path / "staging"
         command = [sys.executable, "-m", "lowbit_server.jobs.process", "--spec", str(file)]
         command += ["--staging", str(staging), "--checkpoint", str(tmp_path / "checkpoint")]
-        command += ["--models", str(tmp_path / "models"), *flags]
+        command += ["--models", str(tmp_path / "models")]
+        command += ["--cache", str(tmp_path / "cache"), *flags]
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         started.append(JobProcess(process, staging))

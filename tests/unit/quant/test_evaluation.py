@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
+import math
 from typing import Any
 
 import numpy as np
@@ -8,64 +8,72 @@ import pytest
 import torch
 
 from lowbit_server.errors import LowbitError, Reason
-from lowbit_server.quant.evaluation import Windows, compare, cut
+from lowbit_server.jobs.spec import JOB_REPORT, Measured
+from lowbit_server.quant.evaluation import Divergence, cut
+from lowbit_server.quant.quality import Quality
 from lowbit_server.testing import byte_tokenizer
 
 VOCABULARY = 50
 
 
-class Table(torch.nn.Module):
-    """A model whose logits depend on the last token only."""
-
-    def __init__(self, noise: float, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        rows, errors = torch.randn(2, VOCABULARY, VOCABULARY, generator=generator)
-        rows = 2 * rows + noise * errors
-        self.rows = torch.nn.Parameter(rows.to(dtype), requires_grad=False)
-
-    def forward(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.rows[input_ids])
-
-
-def windows(*lengths: int) -> Windows:
-    random = np.random.default_rng(0)
-    return Windows(tuple(tuple(random.integers(0, VOCABULARY, n).tolist()) for n in lengths), "d")
+def logits(seed: int, tokens: int, noise: float, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return logits (tokens, vocabulary) of a base and of a model that is off by some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, errors = torch.randn(2, tokens, VOCABULARY, generator=generator)
+    return (2 * rows).to(dtype), (2 * rows + noise * errors).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_figures_are_those_of_an_independent_computation(dtype: torch.dtype) -> None:
-    base, model, text = Table(0, dtype), Table(0.5, dtype), windows(40, 40, 7)
-    calls: list[int] = []
-    quality = compare(base, model, text, calls.append)
-
-    def log_probabilities(table: Table, window: tuple[int, ...]) -> Any:
-        logits = table.rows.double().numpy()[list(window[:-1])]
-        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-
+    divergence = Divergence()
     base_nll, nll, kl, agree = [], [], [], []
-    for window in text.ids:
-        p, q = log_probabilities(base, window), log_probabilities(model, window)
-        for row, target in enumerate(window[1:]):
+    for seed, tokens in enumerate((40, 40, 6)):
+        base, model = logits(seed, tokens, 0.5, dtype)
+        targets = np.random.default_rng(seed).integers(0, VOCABULARY, tokens).tolist()
+        divergence.add(base, model, targets)
+        p, q = (
+            one - np.log(np.exp(one).sum(axis=1, keepdims=True))
+            for one in (base.double().numpy(), model.double().numpy())
+        )
+        for row, target in enumerate(targets):
             base_nll.append(-p[row, target])
             nll.append(-q[row, target])
             kl.append((np.exp(p[row]) * (p[row] - q[row])).sum())
             agree.append(p[row].argmax() == q[row].argmax())
-    assert quality.tokens == len(nll) == 39 + 39 + 6
-    assert quality.perplexity == pytest.approx(np.exp(np.mean(nll)), rel=1e-6)
-    assert quality.base_perplexity == pytest.approx(np.exp(np.mean(base_nll)), rel=1e-6)
-    assert quality.mean_kl == pytest.approx(np.mean(kl), rel=1e-6)
-    assert quality.p99_kl == pytest.approx(np.quantile(kl, 0.99), rel=1e-6)
-    assert quality.top1_agreement == pytest.approx(np.mean(agree))
+    found = divergence.figures()
+    assert len(kl) == 86
+    assert found["perplexity"] == pytest.approx(np.exp(np.mean(nll)), rel=1e-6)
+    assert found["base_perplexity"] == pytest.approx(np.exp(np.mean(base_nll)), rel=1e-6)
+    assert found["mean_kl"] == pytest.approx(np.mean(kl), rel=1e-6)
+    assert found["median_kl"] == pytest.approx(np.median(kl), rel=1e-5)
+    assert found["p99_kl"] == pytest.approx(np.quantile(kl, 0.99), rel=1e-5)
+    assert found["max_kl"] == pytest.approx(np.max(kl), rel=1e-5)
+    assert found["top1_agreement"] == pytest.approx(np.mean(agree))
     assert 0 < np.mean(agree) < 1
-    assert quality.text_digest == "d"
-    assert calls == [1, 2, 3]
 
 
 def test_a_model_agrees_with_itself() -> None:
-    quality = compare(Table(0), Table(0), windows(30), lambda _: None)
-    assert quality.perplexity == quality.base_perplexity
-    assert (quality.mean_kl, quality.p99_kl, quality.top1_agreement) == (0, 0, 1)
+    base, _ = logits(0, 30, 0, torch.float32)
+    divergence = Divergence()
+    divergence.add(base, base, range(30))
+    found = divergence.figures()
+    assert found["perplexity"] == found["base_perplexity"]
+    assert (found["mean_kl"], found["max_kl"], found["top1_agreement"]) == (0, 0, 1)
+
+
+def test_a_broken_model_has_figures_that_survive_the_way_to_the_front() -> None:
+    base, model = logits(0, 30, 0.5, torch.float32)
+    model[3] = torch.nan
+    divergence = Divergence()
+    divergence.add(base, 1e6 * model.nan_to_num(), range(30))
+    assert divergence.figures()["perplexity"] == math.inf
+    divergence.add(base, model, range(30))
+    report = Measured(quality=Quality(text_digest="d", tokens=60, **divergence.figures()))
+    read = JOB_REPORT.validate_json(report.model_dump_json())
+    assert isinstance(read, Measured)
+    assert math.isnan(read.quality.perplexity)
+    assert math.isnan(read.quality.mean_kl or 0)
+    assert read.quality.base_perplexity > 0
 
 
 def test_windows_do_not_overlap() -> None:

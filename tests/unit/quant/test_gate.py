@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.spec import GateSpec
 from lowbit_server.quant import gate
-from lowbit_server.store.manifest import Quality
+from lowbit_server.quant.quality import Quality
 
 BYTES = 1000
 

@@ -48,6 +48,7 @@ class AsyncQuantization:
         device: str = "",
         calibration: Calibration | None = None,
         evaluation: Evaluation | None = None,
+        skip_evaluation: bool = False,
         gate: QualityGate | None = None,
         request_id: str = "",
         validate_only: bool = False,
@@ -61,7 +62,8 @@ class AsyncQuantization:
             scheme: a Scheme, or a name such as "int8" or "nf4" (see `lowbit.scheme`).
             device: device that does the work; empty: the first one.
             calibration: text for schemes that use it.
-            evaluation: measures perplexity before and after; None: nothing is measured.
+            evaluation: text that the result is measured on; None: the built-in one.
+            skip_evaluation: measures nothing.
             gate: limits; the job fails when one is missed.
             request_id: makes the call idempotent; made here when empty.
             validate_only: checks everything and starts nothing; the job has no id.
@@ -80,6 +82,7 @@ class AsyncQuantization:
             device=device,
             calibration=calibration,
             evaluation=evaluation,
+            skip_evaluation=skip_evaluation,
             gate=gate,
             request_id=request_id or new_request_id(unless=validate_only),
             validate_only=validate_only,
@@ -121,12 +124,15 @@ class AsyncQuantization:
         request_id: str = "",
         timeout: float | None = None,
     ) -> Job:
-        """Start a job that measures a model on held-out text.
+        """Start a job that measures a model against another on held-out text.
+
+        `wait_job` returns the job with the report in its field `quality`. That of a model
+        against its parent is the model's too.
 
         Args:
             model: name or alias.
             against: model that it is compared with; empty: its parent.
-            evaluation: what is measured; None: the server's default.
+            evaluation: text that both are measured on; None: the built-in one.
             device: device that does the work; empty: the first one.
             request_id: makes the call idempotent; made here when empty.
             timeout: deadline of the call in seconds, not of the job.

@@ -80,7 +80,9 @@ def quantize(  # noqa: PLR0913 - options of one request
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="gptq, awq: samples are chat messages.")
     ] = False,
-    evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after.")] = True,
+    evaluation: Annotated[
+        bool, typer.Option(help="Measure quality and speed against the source.")
+    ] = True,
     eval_tokens: Annotated[
         int | None, typer.Option(help="Tokens of held-out text to measure on.")
     ] = None,
@@ -94,6 +96,9 @@ def quantize(  # noqa: PLR0913 - options of one request
         float | None, typer.Option(help="Fail when the likeliest tokens agree less often.")
     ] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Fail when it is larger on disk.")] = None,
+    keep_artifact: Annotated[
+        bool, typer.Option("--keep-artifact", help="Keep what misses a limit; the job still fails.")
+    ] = False,
     device: Device = "",
     request_id: RequestId = "",
     dry_run: DryRun = False,
@@ -105,6 +110,7 @@ def quantize(  # noqa: PLR0913 - options of one request
         max_mean_kl=max_mean_kl,
         min_top1_agreement=min_top1_agreement,
         max_bytes=max_bytes,
+        keep_artifact=keep_artifact,
     )
     with usage_errors():
         calibration = Calibration(
@@ -130,7 +136,8 @@ def quantize(  # noqa: PLR0913 - options of one request
                 ),
                 device=device,
                 calibration=calibration if calibration.ByteSize() else None,
-                evaluation=Evaluation(max_tokens=eval_tokens) if evaluate else None,
+                evaluation=None if eval_tokens is None else Evaluation(max_tokens=eval_tokens),
+                skip_evaluation=not evaluation,
                 gate=gate if gate.ByteSize() else None,
                 request_id=request_id,
                 validate_only=dry_run,
