@@ -39,11 +39,12 @@ def import_folder(
     dtype = None
     with TensorReader(source.weights) as reader:
         if "quantization_config" in config:
-            scheme = foreign_scheme(config["quantization_config"])
-            check_fields(config["quantization_config"])
+            quantization = config["quantization_config"]
+            scheme = foreign_scheme(quantization, reader.entries)
+            check_fields(quantization)
             if asked is not None:
                 raise invalid("type", f"the source is quantized ({scheme.name}): leave it out")
-            parameters = stored_parameters(reader.entries, scheme)
+            parameters = stored_parameters(reader.entries, quantization)
         else:
             scheme = FloatScheme(type=asked or float_type(reader.entries))
             parameters = sum(entry.elements for entry in reader.entries.values())

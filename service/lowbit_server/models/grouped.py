@@ -1,76 +1,81 @@
-"""Checkpoints in the GPTQ layout: grouped low-bit weights, without gptqmodel.
+"""Grouped low-bit weights, as in the layouts of GPTQ and AWQ, without gptqmodel.
 
-transformers leaves such layers to gptqmodel, an optional and heavy package. Torch's own
-int4 kernel does the common case on a CPU directly (docs/adr/0008).
+transformers leaves such layers to gptqmodel, an optional and heavy package. On a CPU
+torch's own int4 kernel does them directly (docs/adr/0008).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from lowbit_server.quant.foreign import gptq_bits
-from lowbit_server.quant.packing import WORD_BITS, PackedLinear
-from lowbit_server.store.sources import shards
-from lowbit_server.store.tensors import ALIGNMENT_BYTES, TensorReader
+from lowbit_server.models import nibbles
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from lowbit_server.quant.awq_packing import AwqLinear
+    from lowbit_server.quant.packing import PackedLinear
 
-    from transformers import PreTrainedConfig, PreTrainedModel
+    GroupedWeight: TypeAlias = PackedLinear | AwqLinear
 
 PACKED_ROWS = 96
 """Up to this many rows the int4 kernel beats a dense product of the dequantized weight."""
-_KERNEL_BITS = 4
-_KERNEL_GROUPS = {32, 64, 128}
-# The kernel's codes count from the middle of the grid.
-_KERNEL_ZERO = 8
-# A parameter of the CUDA kernel; the one for CPUs ignores it.
-_INNER_TILES = 2
-_PACKED = ".qweight"
-# Some older checkpoints store what the configuration determines.
-_IGNORED = "rotary_emb.inv_freq"
+_PLANE_BITS = 4
+_DIGITS = 1 << _PLANE_BITS
 
 
 class GroupedLinear(nn.Module):
-    """y = x W^T + bias with W kept at 4 bits, on torch's int4 kernel for CPUs."""
+    """y = x W^T + bias with W kept in planes of 4 bits, on torch's int4 kernel for CPUs.
+
+    Codes of up to 4 bits are one plane; those of 8 bits are two, of 16 * high + low, whose
+    products are added.
+    """
 
     packed: Tensor
-    scales_and_zeros: Tensor
-    qweight: Tensor
-    zeros: Tensor
-    scales: Tensor
+    pairs: Tensor
+    order: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, layer: PackedLinear, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, layer: GroupedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
         """Take a layer that `has_kernel`."""
         super().__init__()
-        groups, out_features = layer.scales.shape
-        self.group_size = len(layer.g_idx) // groups
-        codes = layer.codes().T.to(torch.int32).contiguous()
-        scales, zeros = layer.scales.float(), layer.zeros()
-        # The kernel's weight is (code - 8) * scale + zero, in the inputs' type.
-        pairs = torch.stack([scales, (_KERNEL_ZERO - zeros) * scales], dim=-1)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, _INNER_TILES)  # noqa: SLF001
-        self.register_buffer("packed", packed)
-        self.register_buffer("scales_and_zeros", pairs.to(dtype).contiguous())
-        # The codes once more, in the mapped file: the kernel's own order depends on the CPU.
-        self.register_buffer("qweight", layer.qweight)
-        self.register_buffer("zeros", zeros.to(dtype).view(groups, 1, out_features))
-        self.register_buffer("scales", scales.to(dtype).view(groups, 1, out_features))
+        size = layer.group_size
+        assert size is not None  # noqa: S101  (the caller asked)
+        self.group_size = next(one for one in nibbles.GROUPS if size % one == 0)
+        codes, zeros = layer.codes(), layer.zeros()
+        order = layer.order()
+        if order is not None:
+            codes = codes[order]
+        # Rounded before points are multiplied by them, so that these can be told from the
+        # product again, and so that a code at its zero point stands for exactly 0.
+        scales = layer.scales.to(dtype).float()
+        packed, pairs = [], []
+        for shift in range(0, layer.bits, _PLANE_BITS):
+            last = shift + _PLANE_BITS >= layer.bits
+            digits, points = codes >> shift, zeros >> shift
+            if not last:  # a zero point may be 2 ** bits: the highest digit takes it
+                digits, points = digits % _DIGITS, points % _DIGITS
+            unit = scales * 2**shift
+            pair = torch.stack([unit, (nibbles.ZERO - points) * unit], dim=-1).to(dtype)
+            packed.append(nibbles.pack(digits.T))
+            pairs.append(pair.repeat_interleave(size // self.group_size, dim=0))
+        self.register_buffer("packed", torch.stack(packed))
+        self.register_buffer("pairs", torch.stack(pairs))
+        self.register_buffer("order", order)
         self.register_buffer("bias", bias)
+        # Views, since indexing at every step would take longer than a small product.
+        self._planes = list(zip(self.packed, self.pairs, strict=True))
+        self._packed_rows = PACKED_ROWS // len(packed) if nibbles.can_unpack() else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return (..., out) of inputs (..., in), both in the model's dtype."""
         rows = inputs.reshape(-1, inputs.shape[-1])
-        if len(rows) <= PACKED_ROWS:
-            product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(  # noqa: SLF001
-                rows, self.packed, self.group_size, self.scales_and_zeros
-            )
+        if self.order is not None:
+            rows = rows[:, self.order]
+        if self._packed_rows is None or len(rows) <= self._packed_rows:
+            products = [nibbles.product(rows, *plane, self.group_size) for plane in self._planes]
+            product = products[0] if len(products) == 1 else products[0].add_(products[1])
         else:
             product = rows @ self._dequantized()
         if self.bias is not None:
@@ -79,31 +84,38 @@ class GroupedLinear(nn.Module):
 
     def _dequantized(self) -> Tensor:
         """Return the transposed weight (in, out); each element is rounded once."""
-        words, out_features = self.qweight.shape
-        lanes = WORD_BITS // _KERNEL_BITS
-        shape = words, lanes, out_features
-        weight = torch.empty(shape, dtype=self.scales.dtype, device=self.scales.device)
-        for lane in range(lanes):
-            weight[:, lane] = (self.qweight >> (_KERNEL_BITS * lane)) & (2**_KERNEL_BITS - 1)
-        # Small integers and their differences are exact in every type.
-        grouped = weight.view(-1, self.group_size, out_features)
-        return grouped.sub_(self.zeros).mul_(self.scales).view(-1, out_features)
+        # Codes and their distances from zero points, up to 256, are exact in every type.
+        steps = self._steps(0)
+        for plane in range(1, len(self.packed)):
+            steps += self._steps(plane).mul_(_DIGITS**plane)
+        scales = self.pairs[0, :, :, 0].unsqueeze(1)
+        return steps.mul_(scales).flatten(0, 1)
+
+    def _steps(self, plane: int) -> Tensor:
+        """Return a plane's codes less its zero points, (groups, columns of a group, out)."""
+        scales, zeros = self.pairs[plane].float().unbind(-1)
+        # A scale of 0, which other quantizers write, makes any point right.
+        points = nibbles.ZERO - (zeros / scales).nan_to_num(0).round()
+        codes = nibbles.unpack(self.packed[plane], self.pairs.dtype)
+        grouped = codes.view(-1, self.group_size, codes.shape[1])
+        return grouped.sub_(points.to(codes.dtype).unsqueeze(1))
 
 
-def has_kernel(layer: PackedLinear) -> bool:
+def has_kernel(layer: GroupedWeight) -> bool:
     """Return whether the int4 kernel takes a layer."""
     return (
         layer.qweight.device.type == "cpu"
-        and layer.bits == _KERNEL_BITS
-        and layer.group_size in _KERNEL_GROUPS
+        and layer.scales.shape[1] % nibbles.ROWS == 0
+        and layer.group_size is not None
+        and layer.group_size % min(nibbles.GROUPS) == 0
     )
 
 
-def grouped_layer(layer: PackedLinear, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+def grouped_layer(layer: GroupedWeight, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
     """Return a module for a layer on its device.
 
-    Without a kernel (2, 3 and 8 bits, whole channels, groups in another order, CUDA) the
-    weight is dequantized once, here: as fast as the source model, and as large.
+    Without a kernel (CUDA, groups of odd sizes) the weight is dequantized once, here: as
+    fast as the source model, and as large.
     """
     if has_kernel(layer):
         return GroupedLinear(layer, bias, dtype)
@@ -114,69 +126,3 @@ def grouped_layer(layer: PackedLinear, bias: Tensor | None, dtype: torch.dtype) 
     if bias is not None:
         dense.bias = nn.Parameter(bias, requires_grad=False)
     return dense
-
-
-def is_grouped(config: PreTrainedConfig) -> bool:
-    """Return whether a checkpoint is in the GPTQ layout."""
-    found = getattr(config, "quantization_config", None)
-    return isinstance(found, dict) and found.get("quant_method") == "gptq"
-
-
-def load_grouped(
-    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: str
-) -> PreTrainedModel:
-    """Load a checkpoint in the GPTQ layout; tensors stay mapped files where they can.
-
-    Raises ValueError and OSError for a folder whose tensors do not fit its architecture.
-    """
-    bits = gptq_bits(config.quantization_config)
-    del config.quantization_config  # or transformers would look for gptqmodel
-    # Parameters without memory, but buffers such as rotary frequencies as they should be.
-    with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with TensorReader(shards(folder)) as reader:
-        rest = _place_layers(model, reader, bits, dtype, device)
-    try:
-        unexpected = model.load_state_dict(rest, strict=False, assign=True).unexpected_keys
-    except RuntimeError as error:  # what torch raises for a wrong shape
-        raise ValueError(str(error)) from error
-    model.tie_weights()
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if unexpected or missing:
-        wrong = ", ".join([*unexpected, *missing][:5])
-        raise ValueError(f"the checkpoint does not fit its architecture: {wrong}")
-    model.to(device)
-    return model
-
-
-def _place_layers(
-    model: PreTrainedModel, reader: TensorReader, bits: int, dtype: torch.dtype, device: str
-) -> dict[str, Tensor]:
-    """Replace the model's quantized layers; return the other tensors."""
-    names = set(reader.entries)
-
-    def read(name: str) -> Tensor:
-        if name not in names:
-            raise ValueError(f"the checkpoint has no {name}")
-        names.remove(name)
-        tensor = reader.tensor(name)
-        if tensor.data_ptr() % ALIGNMENT_BYTES:  # kernels may crash on it (see `store.tensors`)
-            tensor = tensor.clone()
-        plain = name.endswith((".weight", ".bias"))
-        return tensor.to(device, dtype) if plain else tensor.to(device)
-
-    for name in [key.removesuffix(_PACKED) for key in reader.entries if key.endswith(_PACKED)]:
-        keys = ("qweight", "qzeros", "scales", "g_idx")
-        layer = PackedLinear(bits, *(read(f"{name}.{key}") for key in keys))
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError as error:
-            raise ValueError(f"the architecture has no layer {name}") from error
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{name} is no linear layer")  # noqa: TRY004  (the file is wrong)
-        layer.check(name, linear.out_features, linear.in_features)
-        bias = read(f"{name}.bias") if f"{name}.bias" in names else None
-        if bias is None and linear.bias is not None:
-            raise ValueError(f"the checkpoint has no {name}.bias")
-        model.set_submodule(name, grouped_layer(layer, bias, dtype))
-    return {name: read(name) for name in sorted(names) if not name.endswith(_IGNORED)}

@@ -10,7 +10,7 @@ import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lowbit_server.models.decoder import Batch, LayerShape, ModelSpec
-from lowbit_server.models.grouped import is_grouped, load_grouped
+from lowbit_server.models.grouped_loading import is_grouped, load_grouped
 from lowbit_server.models.int8 import use_int8_kernels
 from lowbit_server.models.rows import Rows, register_masks, row_cache
 
@@ -40,8 +40,8 @@ def place(folder: Path, device: str) -> PreTrainedModel:
     """Load a model's safetensors onto a device, in the checkpoint's own dtype.
 
     On a CPU, fp16 becomes float32, since products in fp16 take several times as long as
-    those, and LLM.int8 gets kernels of its own (`models.int8`). Checkpoints in the GPTQ
-    layout do not need gptqmodel (`models.grouped`). Never runs code from the folder and never
+    those, and LLM.int8 gets kernels of its own (`models.int8`). Checkpoints in the layouts of
+    GPTQ and AWQ do not need gptqmodel (`models.grouped`). Never runs code from the folder and never
     asks the network. Raises OSError and ValueError for a bad folder, torch.OutOfMemoryError
     or MemoryError without room.
     """

@@ -87,6 +87,9 @@ class AwqLinear:
         """Columns of a group."""
         return len(self.qweight) // len(self.scales)
 
+    def order(self) -> None:
+        """Return nothing: columns lie in the order of their groups."""
+
     def codes(self) -> Tensor:
         """Return the codes, uint8 (in, out)."""
         return unpack(self.qweight)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from lowbit_server.errors import LowbitError, Reason
+from lowbit_server.quant import dynamic
 from lowbit_server.quant.schemes import (
     AwqScheme,
     Bnb4BitScheme,
@@ -16,13 +18,15 @@ from lowbit_server.quant.schemes import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from lowbit_server.quant.schemes import Scheme
     from lowbit_server.store.headers import TensorEntry
 
 _COMPUTE_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _PACKED_BITS = 32
+_AWQ_BITS = 4
+_PACKED = ".qweight"
 # What a quantized layer stores beside its weight; no parameters of the model.
 _COMPANIONS = (
     ".SCB",
@@ -39,8 +43,8 @@ _COMPANIONS = (
 )
 
 
-def foreign_scheme(config: Mapping[str, Any]) -> Scheme:
-    """Return the scheme that a `quantization_config` describes.
+def foreign_scheme(config: Mapping[str, Any], tensors: Iterable[str]) -> Scheme:
+    """Return the scheme that a `quantization_config` and the tensors' names describe.
 
     Raises LowbitError(SOURCE_UNSUPPORTED) for methods and options that no scheme has.
     """
@@ -70,41 +74,47 @@ def foreign_scheme(config: Mapping[str, Any]) -> Scheme:
                     desc_act=config.get("desc_act", False),
                     sym=config.get("sym", True),
                     damp=config.get("damp_percent") or 0.01,
+                    layers=dynamic.mixed_layers(config, _quantized(tensors)),
                 )
-            case {"quant_method": "awq", "bits": 4} if config.get("version", "gemm") == "gemm":
+            case {"quant_method": "awq", "bits": 4} if _awq_version(config) == "gemm":
                 return AwqScheme(
                     group_size=config["group_size"], zero_point=config.get("zero_point", True)
                 )
-    except (KeyError, ValidationError, AttributeError, TypeError) as error:
+    except (KeyError, ValidationError, AttributeError, TypeError, re.error) as error:
         raise _unsupported(config) from error
     raise _unsupported(config)
 
 
-def gptq_bits(config: Mapping[str, Any]) -> int:
-    """Return the bits of a checkpoint whose layout is that of GPTQ.
-
-    Raises LowbitError(SOURCE_UNSUPPORTED) for another layout.
-    """
-    scheme = foreign_scheme(config)
-    if not isinstance(scheme, GptqScheme | RtnScheme):
-        raise _unsupported(config)
-    return scheme.bits
+def grouped_bits(config: Mapping[str, Any], name: str) -> int:
+    """Return the bits of a layer whose weight is packed in words (`qweight`)."""
+    return _AWQ_BITS if config.get("quant_method") == "awq" else dynamic.bits_of(config, name)
 
 
-def stored_parameters(entries: Mapping[str, TensorEntry], scheme: Scheme) -> int:
+def stored_parameters(entries: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> int:
     """Return how many parameters the tensors of a quantized checkpoint stand for."""
     total = 0
     for name, entry in entries.items():
         if name.endswith(_COMPANIONS):
             continue
-        if name.endswith(".qweight") and isinstance(scheme, GptqScheme | RtnScheme | AwqScheme):
-            bits = 4 if isinstance(scheme, AwqScheme) else scheme.bits
+        if name.endswith(_PACKED):
+            bits = grouped_bits(config, name.removesuffix(_PACKED))
             total += entry.elements * _PACKED_BITS // bits
-        elif entry.dtype == "U8" and isinstance(scheme, Bnb4BitScheme):
+        elif entry.dtype == "U8" and config.get("load_in_4bit"):
             total += entry.elements * 2
         else:
             total += entry.elements
     return total
+
+
+def _quantized(tensors: Iterable[str]) -> list[str]:
+    return [name.removesuffix(_PACKED) for name in tensors if name.endswith(_PACKED)]
+
+
+def _awq_version(config: Mapping[str, Any]) -> str:
+    # AutoAWQ's name and those of its successors.
+    keys = ("version", "format", "checkpoint_format")
+    found = (config[key] for key in keys if config.get(key) is not None)
+    return str(next(found, "gemm")).lower()
 
 
 def _unsupported(config: object) -> LowbitError:

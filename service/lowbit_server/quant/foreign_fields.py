@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 _READ = {
     *("quant_method", "bits", "group_size", "sym", "desc_act", "damp_percent", "zero_point"),
-    *("checkpoint_format", "format", "version", "meta"),
+    *("checkpoint_format", "format", "version", "meta", "dynamic"),
     *("load_in_8bit", "load_in_4bit", "_load_in_8bit", "_load_in_4bit", "llm_int8_threshold"),
     *("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant"),
 }
@@ -40,7 +40,6 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "llm_int8_has_fp16_weight": (False,),
     "is_marlin_format": (False,),
     "lm_head": (False,),
-    "dynamic": (None, {}),
     "pack_dtype": ("int32",),
 }
 

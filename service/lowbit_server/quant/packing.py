@@ -10,7 +10,7 @@ Imports torch: for job and worker processes only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
@@ -55,6 +55,8 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 class PackedLinear:
     """One linear layer: weight[o, i] = (code[i, o] - zero[g, o]) * scale[g, o], g = g_idx[i]."""
 
+    keys: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+
     bits: int
     qweight: Tensor
     """Codes, int32 (in * bits / 32, out)."""
@@ -83,8 +85,7 @@ class PackedLinear:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint, by name, for the layer of a name."""
-        keys = ("qweight", "qzeros", "scales", "g_idx")
-        return {f"{name}.{key}": getattr(self, key) for key in keys}
+        return {f"{name}.{key}": getattr(self, key) for key in self.keys}
 
     def check(self, name: str, out_features: int, in_features: int) -> None:
         """Raise ValueError that names the layer when shapes or groups do not fit it."""
@@ -106,12 +107,14 @@ class PackedLinear:
 
     @property
     def group_size(self) -> int | None:
-        """Columns of a group, or None when groups are no runs of equal length."""
-        size, rest = divmod(len(self.g_idx), len(self.scales))
-        if rest:
-            return None
-        plain = torch.arange(len(self.g_idx), device=self.g_idx.device) // size
-        return size if torch.equal(self.g_idx.to(plain.dtype), plain) else None
+        """Columns of a group, or None when groups differ in size."""
+        counts = self.g_idx.bincount(minlength=len(self.scales))
+        return int(counts[0]) if bool((counts == counts[0]).all()) else None
+
+    def order(self) -> Tensor | None:
+        """Return the columns sorted by their groups, int64 (in), or None when they are."""
+        order = self.g_idx.argsort(stable=True)
+        return None if bool((order.diff() > 0).all()) else order
 
     def codes(self) -> Tensor:
         """Return the codes, uint8 (in, out)."""

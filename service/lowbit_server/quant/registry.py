@@ -36,14 +36,12 @@ class SchemeInfo:
     """Packages that quantizing and serving import."""
     built: bool = True
     """Whether this version has a method for it."""
-    served: bool = True
-    """Whether this version serves such checkpoints, whoever made them."""
 
     def availability(self, device: str) -> Availability:
         """Return whether models can be quantized with it and served on a device here."""
         if not self.built:
             reason = f"quantizing with {self.name} is not available in this version"
-            return Availability(can_quantize=False, can_serve=self.served, reason=reason)
+            return Availability(can_quantize=False, can_serve=True, reason=reason)
         missing = [package for package in self.packages if find_spec(package) is None]
         if missing:
             reason = f"{self.name} on {device} needs: pip install {' '.join(missing)}"
@@ -89,7 +87,6 @@ _SCHEMES = (
         _GROUPED_4BIT_BITS,
         calibrated=True,
         built=False,
-        served=False,
     ),
     SchemeInfo("rtn", "round to nearest in the GPTQ layout", _GROUPED_4BIT_BITS),
 )

@@ -85,7 +85,7 @@ class AwqScheme(_Options):
     """AWQ (Lin et al. 2024), 4 bit."""
 
     kind: Literal["awq"] = "awq"
-    group_size: Literal[32, 64, 128] = 64
+    group_size: Literal[-1, 32, 64, 128] = 64
     zero_point: bool = True
 
     @property

@@ -53,10 +53,25 @@ from lowbit_server.store.headers import TensorEntry
             {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
             AwqScheme(group_size=128),
         ),
+        (
+            {
+                "quant_method": "awq",
+                "bits": 4,
+                "group_size": -1,
+                "zero_point": False,
+                "version": "GEMM",
+                "modules_to_not_convert": ["lm_head"],
+            },
+            AwqScheme(group_size=-1, zero_point=False),
+        ),
+        (
+            {"quant_method": "awq", "bits": 4, "group_size": 32, "format": "gemm"},
+            AwqScheme(group_size=32),
+        ),
     ],
 )
 def test_known_methods_have_a_scheme(config: dict[str, Any], scheme: Scheme) -> None:
-    assert foreign_scheme(config) == scheme
+    assert foreign_scheme(config, ()) == scheme
 
 
 @pytest.mark.parametrize(
@@ -68,7 +83,12 @@ def test_known_methods_have_a_scheme(config: dict[str, Any], scheme: Scheme) -> 
         {"quant_method": "gptq", "bits": 4},
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"},
         {"quant_method": "awq", "bits": 8, "group_size": 128},
+        {"quant_method": "awq", "bits": 4, "group_size": 16},
         {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "format": "llm-awq"},
+        {"quant_method": "gptq", "bits": 4, "group_size": 64, "dynamic": {"+:(": {"bits": 8}}},
+        {"quant_method": "gptq", "bits": 4, "group_size": 64, "dynamic": {".": {"bits": 5}}},
+        {"quant_method": "gptq", "bits": 4, "group_size": 64, "dynamic": ["."]},
         {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
         {"load_in_4bit": True, "bnb_4bit_compute_dtype": ["x"]},
         ["load_in_8bit"],
@@ -77,7 +97,7 @@ def test_known_methods_have_a_scheme(config: dict[str, Any], scheme: Scheme) -> 
 )
 def test_what_no_scheme_describes_is_refused(config: Any) -> None:
     with pytest.raises(LowbitError) as caught:
-        foreign_scheme(config)
+        foreign_scheme(config, ["model.layers.0.q.qweight"])
     assert caught.value.reason is Reason.SOURCE_UNSUPPORTED
 
 
@@ -87,9 +107,12 @@ def test_packed_weights_count_as_what_they_stand_for() -> None:
 
     norm = {"norm.weight": entry("BF16", 64)}
     packed = {"q.weight": entry("U8", 2048, 1), "q.weight.absmax": entry("U8", 64)}
-    assert stored_parameters(norm | packed, Bnb4BitScheme(quant_type="nf4")) == 64 + 4096
+    assert stored_parameters(norm | packed, {"load_in_4bit": True}) == 64 + 4096
     grouped = {"q.qweight": entry("I32", 8, 64), "q.scales": entry("F16", 1, 64)}
-    assert stored_parameters(norm | grouped, GptqScheme()) == 64 + 4096
-    assert stored_parameters(norm | grouped, RtnScheme()) == 64 + 4096
+    gptq = {"quant_method": "gptq", "bits": 4}
+    assert stored_parameters(norm | grouped, gptq) == 64 + 4096
+    mixed = gptq | {"dynamic": {"+:q": {"bits": 8}}}
+    assert stored_parameters(norm | grouped, mixed) == 64 + 2048
+    assert stored_parameters(norm | grouped, {"quant_method": "awq", "bits": 4}) == 64 + 4096
     rows = {"q.weight": entry("I8", 64, 64), "q.SCB": entry("F32", 64)}
-    assert stored_parameters(norm | rows, Int8Scheme()) == 64 + 4096
+    assert stored_parameters(norm | rows, {"load_in_8bit": True}) == 64 + 4096

@@ -70,7 +70,6 @@ def test_an_old_name_is_read_or_answered(old: str) -> None:
     [
         {"is_marlin_format": True},
         {"lm_head": True},
-        {"dynamic": {r"-:.*\.down_proj": {}}},
         {"pack_dtype": "int8"},
         {"rotation": "hadamard"},
         {"q_group_size": 64},

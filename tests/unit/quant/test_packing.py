@@ -65,6 +65,7 @@ def test_a_layer_stands_for_its_float64_weight(bits: int, groups: int, out: int,
     layer = PackedLinear.of(bits, codes, zeros, scales)
     layer.check("layer", out, groups * 32)
     assert layer.group_size == 32
+    assert layer.order() is None
     assert torch.equal(layer.zeros(), zeros)
     assert np.array_equal(layer.qzeros.numpy().T, bit_stream((zeros - 1).T.numpy(), bits))
     at = np.arange(groups * 32) // 32
@@ -78,7 +79,10 @@ def test_groups_may_be_in_any_order() -> None:
     scales[1] = 3
     plain = PackedLinear.of(4, codes, zeros, scales)
     mixed = PackedLinear(4, plain.qweight, plain.qzeros, scales, plain.g_idx.flip(0))
-    assert mixed.group_size is None
+    assert mixed.group_size == 32
+    assert mixed.order().tolist() == [*range(32, 64), *range(32)]  # type: ignore[union-attr]
+    uneven = PackedLinear(4, plain.qweight, plain.qzeros, scales, torch.arange(64) // 40)
+    assert uneven.group_size is None
     expected = (codes.double() - 8) * (3 - 2 * plain.g_idx)[:, None]
     assert torch.equal(mixed.dequantized(torch.float64), expected.T)
 
