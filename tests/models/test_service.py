@@ -146,6 +146,26 @@ def test_a_prompt_beyond_the_kv_budget_is_refused_like_one_beyond_the_context(
         assert stream.usage.output_tokens == 4
 
 
+def test_estimates_are_within_5_percent(server: ServerProcess) -> None:
+    with Client(server.address) as client:
+        models = {model.name: model for model in client.models()}
+        for name in ("bf16", "fp32", "int8", "nf4", "rtn"):
+            measured = models[name].replicas[0].live_bytes
+            copy = client.estimate_quantization("bf16", name)
+            assert copy.disk_bytes == pytest.approx(models[name].disk_bytes, rel=0.05)
+            assert copy.devices[0].live_bytes == pytest.approx(measured, rel=0.05)
+            assert copy.devices[0].duration.ToMilliseconds() > 1000
+            (load,) = client.estimate_load(name).devices
+            assert load.device == "cpu"
+            assert load.live_bytes == copy.devices[0].live_bytes
+            assert load.peak_memory_bytes >= load.live_bytes
+            assert load.fits
+            # 30 layers, 3 heads of 64, keys and values.
+            assert load.kv_bytes_per_token == 30 * 3 * 64 * 2 * (4 if name == "fp32" else 2)
+        with pytest.raises(InvalidArgumentError, match="quantized already"):
+            client.estimate_quantization("nf4", "rtn")
+
+
 def test_smaller_is_smaller_and_measured(server: ServerProcess) -> None:
     with Client(server.address) as client:
         models = {model.name: model for model in client.models()}

@@ -115,6 +115,11 @@ def check(scheme: Scheme, source: Manifest, device: str) -> None:
     if not found.can_quantize:
         metadata = {"scheme": scheme.name, "device": device}
         raise LowbitError(Reason.SCHEME_UNAVAILABLE, found.reason, metadata=metadata)
+    check_source(source)
+
+
+def check_source(source: Manifest) -> None:
+    """Raise INVALID_FIELD for a model that has no weights or is quantized already."""
     if isinstance(source.scheme, ScriptedScheme):
         raise invalid("source", f"{source.name} is a scripted test model without weights")
     if not isinstance(source.scheme, FloatScheme):

@@ -10,7 +10,7 @@ from lowbit.v1.model_pb2_grpc import ModelServiceServicer
 from lowbit_server.errors import LowbitError, Reason, invalid
 from lowbit_server.jobs.spec import ImportSpec
 from lowbit_server.pool.replica import Replica, ReplicaState
-from lowbit_server.rpc import convert
+from lowbit_server.rpc import convert, estimates
 from lowbit_server.store import sources
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ModelService(ModelServiceServicer):
             self._catalog.path(manifest),
             device=request.device,
             replicas=request.replicas if request.HasField("replicas") else 1,
-            needed_bytes=_needed_bytes(manifest),
+            needed_bytes=await asyncio.to_thread(self._needed_bytes, manifest, request.device),
         )
         for replica in replicas:
             replica.loaders += 1
@@ -138,8 +138,10 @@ class ModelService(ModelServiceServicer):
         request: pb.EstimateLoadRequest,
         context: Context,
     ) -> pb.EstimateLoadResponse:
-        """Belongs to the estimates, which are not built yet."""
-        raise convert.not_implemented("EstimateLoad")
+        """Say what a model would take on each device, from its headers."""
+        manifest = self._catalog.resolve(request.model)
+        headers = await asyncio.to_thread(estimates.read, manifest, self._catalog.path(manifest))
+        return estimates.load(headers, self._config.devices, self._pool.workers)
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         """Set, move or remove an alias."""
@@ -163,17 +165,21 @@ class ModelService(ModelServiceServicer):
                 sent = message
             await _first(change.wait() for change in changes)
 
+    def _needed_bytes(self, manifest: Manifest, device: str) -> int:
+        """Estimate what a replica takes on its device, or on the one where it takes most."""
+        try:
+            headers = estimates.read(manifest, self._catalog.path(manifest))
+        except LowbitError:  # a scripted model, or files whose load will say what is wrong
+            return manifest.disk_bytes
+        devices = [device] if device else self._config.devices
+        return max(headers.live_bytes(one) for one in devices)
+
     def _message(self, manifest: Manifest) -> pb.Model:
         return convert.model(
             manifest,
             self._catalog.aliases_of(manifest.name),
             self._pool.replicas(manifest.name),
         )
-
-
-def _needed_bytes(manifest: Manifest) -> int:
-    """Estimate what a replica takes on its device; on a CPU fp16 is held as float32."""
-    return manifest.disk_bytes * (2 if manifest.scheme.name == "fp16" else 1)
 
 
 async def _follow(replicas: Sequence[Replica], context: Context) -> None:

@@ -11,7 +11,7 @@ from lowbit_server.errors import LowbitError, Reason, invalid
 from lowbit_server.jobs.spec import CalibrationSpec, EvaluateSpec, EvaluationSpec, QuantizeSpec
 from lowbit_server.quant import hub_text, registry
 from lowbit_server.quant.schemes import ScriptedScheme
-from lowbit_server.rpc import convert
+from lowbit_server.rpc import convert, estimates
 from lowbit_server.store import sources
 from lowbit_server.tokenizer import same_vocabulary
 
@@ -103,8 +103,21 @@ class QuantizationService(QuantizationServiceServicer):
         request: pb.EstimateQuantizationRequest,
         context: Context,
     ) -> pb.EstimateQuantizationResponse:
-        """Belongs to the quality work's next step."""
-        raise convert.not_implemented("EstimateQuantization")
+        """Say what a copy would take, from the source's headers; nothing is started."""
+        source = self._catalog.resolve(request.source)
+        scheme = convert.scheme(request.scheme)
+        registry.check_source(source)
+        calibration = await self._calibration(
+            request.calibration, scheme, source, given=request.HasField("calibration")
+        )
+        tokens = calibration.samples * calibration.sequence_tokens if calibration else 0
+        folder = self._catalog.path(source)
+
+        def answer() -> pb.EstimateQuantizationResponse:
+            headers = estimates.read(source, folder)
+            return estimates.quantization(headers, scheme, tokens, self._config.devices)
+
+        return await asyncio.to_thread(answer)
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> pb.EvaluateResponse:
         """Check that the two can be compared and queue the job."""

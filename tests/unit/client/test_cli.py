@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from lowbit.v1 import model_pb2 as model
 from lowbit.v1 import quality_pb2
@@ -119,6 +120,28 @@ READS: list[tuple[list[str], str, Any, str]] = [
     (["models", "list"], "ListModels", model.ListModelsResponse(models=[MODEL]), "cpu/0 (live)"),
     (["models", "show", "m"], "GetModel", model.GetModelResponse(model=MODEL), "1.0 MiB"),
     (["models", "verify", "m"], "VerifyModel", model.VerifyModelResponse(files=2), "2 files"),
+    (
+        ["models", "estimate", "m"],
+        "EstimateLoad",
+        model.EstimateLoadResponse(
+            disk_bytes=2**20,
+            devices=[
+                model.LoadEstimate(
+                    device="cpu", live_bytes=2**21, duration=Duration(seconds=6), fits=True
+                )
+            ],
+        ),
+        "6 s   yes",
+    ),
+    (
+        ["estimate", "m", "--scheme", "rtn", "--bits", "3"],
+        "EstimateQuantization",
+        quantization.EstimateQuantizationResponse(
+            disk_bytes=2**20,
+            devices=[quantization.DeviceEstimate(device="cuda:0", kv_bytes_per_token=2048)],
+        ),
+        "unknown",
+    ),
     (["jobs"], "ListJobs", ListJobsResponse(jobs=[JOB]), "quantize 3/30"),
     (["jobs", "list"], "ListJobs", ListJobsResponse(jobs=[JOB]), "running"),
     (["jobs", "show", "j1"], "GetJob", GetJobResponse(job=JOB), "quantize 3/30"),
@@ -334,7 +357,7 @@ def test_help_names_every_command(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
     for name in (
-        *("import", "quantize", "load", "unload", "generate", "models", "jobs"),
+        *("import", "quantize", "estimate", "load", "unload", "generate", "models", "jobs"),
         *("devices", "info", "schemes", "demo"),
     ):
         assert f" {name} " in out

@@ -11,6 +11,8 @@ from lowbit.messages import duration, model_source, new_request_id
 from lowbit.schemes import float_type
 from lowbit.v1.model_pb2 import (
     DeleteModelRequest,
+    EstimateLoadRequest,
+    EstimateLoadResponse,
     GetModelRequest,
     ImportModelRequest,
     ListModelsRequest,
@@ -129,6 +131,22 @@ class AsyncModels:
         return await self._transport.call(
             self._stub.VerifyModel,
             VerifyModelRequest(model=model),
+            timeout_s=timeout,
+            repeatable=True,
+        )
+
+    async def estimate_load(
+        self, model: str, *, timeout: float | None = None
+    ) -> EstimateLoadResponse:
+        """Return what a model would take on each device once live, from headers only.
+
+        Raises:
+            LowbitError: when there is no such model, or its files cannot be read.
+
+        """
+        return await self._transport.call(
+            self._stub.EstimateLoad,
+            EstimateLoadRequest(model=model),
             timeout_s=timeout,
             repeatable=True,
         )

@@ -24,6 +24,7 @@ app = typer.Typer(
 
 app.command("import")(models.import_)
 app.command("quantize")(quantize.quantize)
+app.command("estimate")(quantize.estimate)
 app.command("load")(models.load)
 app.command("unload")(models.unload)
 app.command("generate")(generate.generate)

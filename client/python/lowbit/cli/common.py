@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
     from google.protobuf.timestamp_pb2 import Timestamp
 
+    from lowbit.v1.model_pb2 import LoadEstimate
+    from lowbit.v1.quantization_pb2 import DeviceEstimate
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 RequestId = Annotated[str, typer.Option(help="Makes the command idempotent.")]
 DryRun = Annotated[bool, typer.Option(help="Check everything and start nothing.")]
@@ -80,6 +83,18 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= _KIB
     return f"{count:.2f} GiB"
+
+
+def estimate_row(estimate: DeviceEstimate | LoadEstimate) -> tuple[str, ...]:
+    """Return the cells of one device: its name, bytes, and time where that is known."""
+    known = estimate.HasField("duration")
+    return (
+        estimate.device,
+        size(estimate.live_bytes),
+        size(estimate.kv_bytes_per_token),
+        size(estimate.peak_memory_bytes),
+        f"{estimate.duration.ToMilliseconds() / 1000:.0f} s" if known else "unknown",
+    )
 
 
 def enum_name(kind: EnumDescriptor, value: int, prefix: str) -> str:

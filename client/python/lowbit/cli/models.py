@@ -15,6 +15,7 @@ from lowbit.cli.common import (
     Wait,
     connect,
     enum_name,
+    estimate_row,
     moment,
     print_facts,
     print_json,
@@ -153,6 +154,20 @@ def verify(context: typer.Context, name: Name, *, as_json: AsJson = False) -> No
         print_json(result)
     else:
         typer.echo(f"{name}: {result.files} files, {size(result.bytes)}, all as written")
+
+
+@app.command()
+def estimate(context: typer.Context, name: Name, *, as_json: AsJson = False) -> None:
+    """Say what a model would take on each device, without loading it."""
+    with connect(context) as client:
+        found = client.estimate_load(name)
+    if as_json:
+        print_json(found)
+        return
+    print_facts([("disk", size(found.disk_bytes))])
+    columns = ("DEVICE", "LIVE", "KV A TOKEN", "PEAK", "TIME", "FITS")
+    rows = [(*estimate_row(one), "yes" if one.fits else "no") for one in found.devices]
+    print_table(columns, rows)
 
 
 @app.command()

@@ -15,8 +15,11 @@ from lowbit.cli.common import (
     RequestId,
     Wait,
     connect,
+    estimate_row,
+    print_facts,
     print_json,
     print_table,
+    size,
     usage_errors,
 )
 from lowbit.cli.models import finish_making
@@ -143,6 +146,39 @@ def quantize(  # noqa: PLR0913 - options of one request
                 validate_only=dry_run,
             )
         finish_making(client, job, f"quantize {target}", dry_run=dry_run, wait=wait)
+
+
+def estimate(  # noqa: PLR0913 - options of one request
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="Name or alias of the source model.")],
+    *,
+    scheme: Annotated[str, typer.Option(help=f"One of {', '.join(scheme_names.NAMES)}.")],
+    bits: Annotated[int | None, typer.Option(help="gptq, rtn: bits a weight.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="gptq, awq, rtn: weights that share a scale.")
+    ] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(help="gptq, awq: number of samples.")
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="gptq, awq: tokens a sample.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a smaller copy would take, without making it."""
+    with usage_errors():
+        wanted = scheme_names.scheme(scheme, bits=bits, group_size=group_size)
+        calibration = Calibration(samples=calibration_samples, sequence_tokens=calibration_tokens)
+    with connect(context) as client:
+        found = client.estimate_quantization(
+            source, wanted, calibration=calibration if calibration.ByteSize() else None
+        )
+    if as_json:
+        print_json(found)
+        return
+    print_facts([("disk", size(found.disk_bytes))])
+    columns = ("DEVICE", "LIVE", "KV A TOKEN", "PEAK OF THE JOB", "TIME OF THE JOB")
+    print_table(columns, [estimate_row(one) for one in found.devices])
 
 
 def _text(path: str | None, field: str, dataset: str | None) -> TextSource | None:

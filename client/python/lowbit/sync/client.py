@@ -20,8 +20,8 @@ class Client:
     """A connection to one Lowbit server.
 
     Text: generate, tokenize, detokenize, score.
-    Models: import_model, models, get_model, delete_model, verify_model, set_alias,
-    load, unload, watch_model.
+    Models: import_model, models, get_model, delete_model, verify_model, estimate_load,
+    set_alias, load, unload, watch_model.
     Quantization: quantize, list_schemes, estimate_quantization, evaluate.
     Jobs: get_job, jobs, watch_job, wait_job, cancel_job, resume_job, delete_job.
     Runtime: devices, info, watch_runtime.
@@ -51,6 +51,7 @@ class Client:
         self.get_model = models.get_model
         self.delete_model = models.delete_model
         self.verify_model = models.verify_model
+        self.estimate_load = models.estimate_load
         self.set_alias = models.set_alias
         self.load = models.load
         self.unload = models.unload

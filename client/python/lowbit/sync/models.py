@@ -9,6 +9,8 @@ from lowbit.messages import duration, model_source, new_request_id
 from lowbit.schemes import float_type
 from lowbit.v1.model_pb2 import (
     DeleteModelRequest,
+    EstimateLoadRequest,
+    EstimateLoadResponse,
     GetModelRequest,
     ImportModelRequest,
     ListModelsRequest,
@@ -124,6 +126,20 @@ class Models:
         return self._transport.call(
             self._stub.VerifyModel,
             VerifyModelRequest(model=model),
+            timeout_s=timeout,
+            repeatable=True,
+        )
+
+    def estimate_load(self, model: str, *, timeout: float | None = None) -> EstimateLoadResponse:
+        """Return what a model would take on each device once live, from headers only.
+
+        Raises:
+            LowbitError: when there is no such model, or its files cannot be read.
+
+        """
+        return self._transport.call(
+            self._stub.EstimateLoad,
+            EstimateLoadRequest(model=model),
             timeout_s=timeout,
             repeatable=True,
         )

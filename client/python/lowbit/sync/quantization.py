@@ -98,16 +98,29 @@ class Quantization:
         return response.schemes
 
     def estimate_quantization(
-        self, source: str, scheme: Scheme | str, *, timeout: float | None = None
+        self,
+        source: str,
+        scheme: Scheme | str,
+        *,
+        calibration: Calibration | None = None,
+        timeout: float | None = None,
     ) -> EstimateQuantizationResponse:
-        """Return bytes and time before any work.
+        """Return bytes and time before any work, from headers only.
+
+        Args:
+            source: name or alias of the source model.
+            scheme: a Scheme, or a name such as "int8" or "nf4" (see `lowbit.scheme`).
+            calibration: text for schemes that use it; its size decides their time.
+            timeout: deadline of the call in seconds.
 
         Raises:
             ValueError: for an unknown scheme name.
             LowbitError: when the call failed.
 
         """
-        request = EstimateQuantizationRequest(source=source, scheme=_scheme(scheme))
+        request = EstimateQuantizationRequest(
+            source=source, scheme=_scheme(scheme), calibration=calibration
+        )
         return self._transport.call(
             self._stub.EstimateQuantization, request, timeout_s=timeout, repeatable=True
         )

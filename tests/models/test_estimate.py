@@ -1,0 +1,97 @@
+"""Estimates against the files that jobs write and the models that are loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lowbit_server.errors import LowbitError, Reason
+from lowbit_server.models.measure import live_bytes
+from lowbit_server.models.transformers import TransformersModel, place
+from lowbit_server.quant.schemes import Bnb4BitScheme, FloatScheme, Int8Scheme, RtnScheme
+from lowbit_server.rpc import estimates
+from tests.models.quantkit import FAMILIES, SIZES, Store, random_source
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lowbit_server.quant.schemes import Scheme
+
+SCHEMES: list[Scheme] = [
+    FloatScheme(type="fp32"),
+    FloatScheme(type="fp16"),
+    Int8Scheme(),
+    Bnb4BitScheme(quant_type="nf4"),
+    Bnb4BitScheme(quant_type="fp4", double_quant=False),
+    RtnScheme(),
+    RtnScheme(bits=2, group_size=32),
+    RtnScheme(bits=3),
+    RtnScheme(group_size=-1),
+    RtnScheme(bits=8),
+]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_are_within_5_percent(family: str, store: Store, tmp_path: Path) -> None:
+    base = store.imported(random_source(tmp_path / "source", **FAMILIES[family]))
+    source = estimates.read(store.manifest("base"), base)
+    for number, scheme in enumerate(SCHEMES):
+        folder = store.quantized(scheme, f"copy-{number}")
+        manifest = store.manifest(folder.name)
+        model = place(folder, "cpu")
+        spec = TransformersModel(model, 64).spec  # kernels repack weights at the first pass
+        measured = live_bytes(model)
+        expected = estimates.quantization(source, scheme, 0, ["cpu"])
+        (copy,) = expected.devices
+        (load,) = estimates.load(estimates.read(manifest, folder), ["cpu"], []).devices
+        assert expected.disk_bytes == pytest.approx(manifest.disk_bytes, rel=0.05), scheme
+        assert copy.live_bytes == pytest.approx(measured, rel=0.05), scheme
+        assert load.live_bytes == pytest.approx(measured, rel=0.05), scheme
+        assert copy.kv_bytes_per_token == load.kv_bytes_per_token == spec.token_bytes
+
+
+def test_gptq_checkpoints_in_fp16_are_held_as_float32(store: Store, tmp_path: Path) -> None:
+    store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]), kind="fp16")
+    folder = store.quantized(RtnScheme())
+    headers = estimates.read(store.manifest("small"), folder)
+    model = place(folder, "cpu")
+    assert headers.live_bytes("cpu") == pytest.approx(live_bytes(model), rel=0.05)
+    assert headers.shape.kv_bytes_per_token("cpu") == 2 * headers.shape.kv_bytes_per_token("cuda:0")
+
+
+def test_more_calibration_takes_longer_and_more_memory(store: Store, tmp_path: Path) -> None:
+    base = store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]))
+    source = estimates.read(store.manifest("base"), base)
+    few, many = (
+        estimates.quantization(source, RtnScheme(), tokens, ["cpu"]).devices[0]
+        for tokens in (1 << 10, 1 << 24)
+    )
+    assert many.duration.ToMilliseconds() > few.duration.ToMilliseconds()
+    extra = many.peak_memory_bytes - few.peak_memory_bytes
+    assert extra >= ((1 << 24) - (1 << 10)) * SIZES["hidden_size"] * 4
+
+
+def test_the_time_on_a_device_whose_speed_is_unknown_is_left_out(
+    store: Store, tmp_path: Path
+) -> None:
+    base = store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]))
+    source = estimates.read(store.manifest("base"), base)
+    cpu, cuda = estimates.quantization(source, RtnScheme(), 0, ["cpu", "cuda:0"]).devices
+    assert cpu.HasField("duration")
+    assert not cuda.HasField("duration")
+    assert cuda.live_bytes > cpu.live_bytes  # dequantized there
+    assert estimates.load(source, ["cuda:0"], []).devices[0].fits is False
+
+
+def test_files_that_say_nothing_are_named(store: Store, tmp_path: Path) -> None:
+    base = store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]))
+    (base / "config.json").write_text("{}")
+    with pytest.raises(LowbitError, match="base do not say") as caught:
+        estimates.read(store.manifest("base"), base)
+    assert caught.value.reason is Reason.ARTIFACT_CORRUPT
