@@ -37,7 +37,10 @@ _BNB_BLOCK = 64
 _BNB_NESTED_BLOCK = 256
 # The JSON with its shape and types that bitsandbytes keeps with each layer.
 _BNB_STATE_BYTES = 171
-_KERNEL_GROUPS = (32, 64, 128)
+# Those of `models.nibbles`, which imports torch.
+_KERNEL_GROUPS = (128, 64, 32)
+_KERNEL_ROWS = 16
+_PLANE_BITS = 4
 _FILE_HEADER_BYTES = 4096
 _TENSOR_HEADER_BYTES = 256
 _TENSORS_PER_LINEAR = 6
@@ -180,10 +183,12 @@ def _grouped_bytes(stem: str, entries: Entries, scheme: Scheme, size: int, devic
     groups, rows = entries[f"{stem}.scales"].shape
     elements = entries[f"{stem}.qweight"].elements * _WORD_BITS // bits
     columns = elements // rows
-    if device != "cpu" or bits != 4 or columns // groups not in _KERNEL_GROUPS:  # noqa: PLR2004
+    group = next((one for one in _KERNEL_GROUPS if columns // groups % one == 0), None)
+    if device != "cpu" or group is None or rows % _KERNEL_ROWS:
         return elements * size  # dequantized
-    # The kernel's codes and the stored ones; its scales and zeros and those of the columns.
-    return 2 * elements // 2 + 4 * groups * rows * size
+    # Two codes a byte, and a scale and a zero for each of the kernel's groups.
+    planes = math.ceil(bits / _PLANE_BITS)
+    return planes * (elements // 2 + 2 * elements // group * size)
 
 
 def _bnb_scale_bytes(name: str, entries: Entries, device: str) -> int:
