@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from lowbit_server.errors import LowbitError, Reason
-from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
+from lowbit_server.store.manifest import MANIFEST_FILE, FileEntry, Manifest
 from lowbit_server.store.sealing import (
     disk_full_is_named,
     file_digest,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from lowbit_server.jobs.spec import ImportSpec, QuantizeSpec
     from lowbit_server.quant.quality import Quality
     from lowbit_server.quant.schemes import Scheme
-    from lowbit_server.store.manifest import FileEntry
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -44,12 +44,11 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_l
 
 
 def write_import_manifest(
-    folder: Path, spec: ImportSpec, scheme: Scheme, *, parameters: int, digest: str
+    folder: Path, spec: ImportSpec, scheme: Scheme, *, parameters: int, origin: Origin
 ) -> None:
     """Seal an imported model, describe it by its own files and write `lowbit.json`.
 
-    `digest` is the source's. Raises LowbitError: SOURCE_CORRUPT when config.json lacks
-    what is needed, DISK_FULL.
+    Raises LowbitError: SOURCE_CORRUPT when config.json lacks what is needed, DISK_FULL.
     """
     config = text_config(folder)
     architectures = read_json(folder / CONFIG_FILE).get("architectures") or [config["model_type"]]
@@ -65,7 +64,9 @@ def write_import_manifest(
         eos_token_ids=eos_token_ids(folder, config),
         files=files,
         source=spec.hub_id or spec.path or "",
-        source_digest=digest,
+        source_revision=origin.revision,
+        source_digest=origin.digest,
+        source_files=origin.files,
         create_time=datetime.now(UTC),
         libraries=library_versions(),
     )
@@ -90,8 +91,11 @@ def write_quantized_manifest(  # noqa: PLR0913 - what a manifest tells
         "scheme": spec.scheme,
         "files": files,
         "source": parent.name,
+        "source_revision": "",
         "source_digest": parent.revision,
+        "source_files": (),
         "parent": parent.name,
+        "ancestors": parent.lineage,
         "calibration_digest": calibration_digest,
         "quality": quality,
         "create_time": datetime.now(UTC),
@@ -163,10 +167,28 @@ def _tokenizer_eos(folder: Path) -> tuple[int, ...]:
     )
 
 
-def source_digest(paths: Iterable[Path]) -> str:
-    """Return the SHA-256 over the names and digests of a source's files."""
-    lines = sorted(f"{path.name}\0{file_digest(path)}\n" for path in paths)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a model is imported from."""
+
+    files: tuple[FileEntry, ...]
+    revision: str
+    """Commit of the hub, if it came from there."""
+
+    @staticmethod
+    def of(paths: Iterable[Path], revision: str) -> Origin:
+        """Hash the files of a source."""
+        files = [
+            FileEntry(path=path.name, bytes=path.stat().st_size, sha256=file_digest(path))
+            for path in paths
+        ]
+        return Origin(tuple(sorted(files, key=lambda file: file.path)), revision)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the names and digests of the files."""
+        lines = (f"{file.path}\0{file.sha256}\n" for file in self.files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def library_versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from lowbit_server.errors import invalid
-from lowbit_server.jobs.describing import copied_files, source_digest, write_import_manifest
+from lowbit_server.jobs.describing import Origin, copied_files, write_import_manifest
 from lowbit_server.jobs.hub import download
 from lowbit_server.quant.schemes import FloatScheme, ScriptedScheme
 from lowbit_server.store.sealing import disk_full_is_named
@@ -30,20 +30,21 @@ def import_model(spec: ImportSpec, context: Context) -> None:
         staging.mkdir(mode=0o700)
     context.reporter.phase("download")
     fetched = staging / ".download"
-    source = _source(spec, fetched, context)
+    source, revision = _source(spec, fetched, context)
     scheme, parameters = _convert(source, spec.type, context)
-    digest = source_digest(_read_files(source))
+    origin = Origin.of(_read_files(source), revision)
     shutil.rmtree(fetched, ignore_errors=True)
     context.reporter.phase("save")
-    write_import_manifest(staging, spec, scheme, parameters=parameters, digest=digest)
+    write_import_manifest(staging, spec, scheme, parameters=parameters, origin=origin)
 
 
-def _source(spec: ImportSpec, fetched: Path, context: Context) -> Source:
+def _source(spec: ImportSpec, fetched: Path, context: Context) -> tuple[Source, str]:
+    """Return the source and, for one of the hub, its commit."""
     if spec.hub_id is not None:
-        download(spec.hub_id, fetched)
-        return inspect(str(fetched), [fetched], scripted=False)
+        revision = download(spec.hub_id, fetched)
+        return inspect(str(fetched), [fetched], scripted=False), revision
     if spec.path is not None:
-        return inspect(spec.path, context.roots, scripted=context.scripted)
+        return inspect(spec.path, context.roots, scripted=context.scripted), ""
     raise invalid("source", "give a path or a hub id")
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lowbit_server.pool.worker import Worker
     from lowbit_server.quant.quality import Quality
     from lowbit_server.quant.schemes import FloatType, Scheme
-    from lowbit_server.store.manifest import Manifest
+    from lowbit_server.store.manifest import Ancestor, FileEntry, Manifest
 
 _FLOATS: dict[quantization_pb2.FloatType.ValueType, FloatType] = {
     quantization_pb2.FLOAT_TYPE_FP32: "fp32",
@@ -157,9 +157,17 @@ def model(
         parameters=manifest.parameters,
         context_tokens=manifest.context_tokens,
         disk_bytes=manifest.disk_bytes,
-        files=[model_pb2.ModelFile(**file.model_dump()) for file in manifest.files],
+        files=_files(manifest.files),
         source=manifest.source,
+        source_revision=manifest.source_revision,
         source_digest=manifest.source_digest,
+        source_files=_files(manifest.source_files),
+        calibration_digest=manifest.calibration_digest,
+        libraries=[
+            model_pb2.Library(name=name, version=version)
+            for name, version in manifest.libraries.items()
+        ],
+        ancestors=[_ancestor(one) for one in manifest.ancestors],
         parent=manifest.parent,
         quality=quality(manifest.quality) if manifest.quality else None,
         aliases=aliases,
@@ -180,6 +188,25 @@ def model(
 def quality(report: Quality) -> quality_pb2.QualityReport:
     """Return the message of a quality report."""
     return quality_pb2.QualityReport(**report.model_dump(exclude_none=True))
+
+
+def _ancestor(one: Ancestor) -> model_pb2.Ancestor:
+    return model_pb2.Ancestor(
+        name=one.name,
+        revision=one.revision,
+        scheme=one.scheme.name,
+        scheme_options=scheme_message(one.scheme),
+        calibration_digest=one.calibration_digest,
+        source=one.source,
+        source_revision=one.source_revision,
+        source_digest=one.source_digest,
+        source_files=_files(one.source_files),
+        files=_files(one.files),
+    )
+
+
+def _files(entries: Sequence[FileEntry]) -> list[model_pb2.ModelFile]:
+    return [model_pb2.ModelFile(**entry.model_dump()) for entry in entries]
 
 
 def load_progress(replica: Replica) -> model_pb2.LoadResponse:

@@ -35,7 +35,9 @@ class Ancestor(BaseModel):
     scheme: Scheme
     calibration_digest: str = ""
     source: str
+    source_revision: str = ""
     source_digest: str
+    source_files: tuple[FileEntry, ...] = ()
     files: tuple[FileEntry, ...]
 
 
@@ -55,7 +57,12 @@ class Manifest(BaseModel):
     eos_token_ids: tuple[int, ...]
     files: tuple[FileEntry, ...]
     source: str
+    """Path or hub id as it was given; name of the parent for quantized models."""
+    source_revision: str = ""
+    """Commit of the hub that it was imported from."""
     source_digest: str
+    source_files: tuple[FileEntry, ...] = ()
+    """Files that it was imported from; empty for quantized models."""
     parent: str = ""
     ancestors: tuple[Ancestor, ...] = ()
     """What it was made from, the nearest first; the last is what was imported."""
@@ -70,6 +77,12 @@ class Manifest(BaseModel):
     def disk_bytes(self) -> int:
         """Size of all files, bytes."""
         return sum(file.bytes for file in self.files)
+
+    @property
+    def lineage(self) -> tuple[Ancestor, ...]:
+        """The ancestors of what is made from this model: itself and its own."""
+        itself = Ancestor(**{name: getattr(self, name) for name in Ancestor.model_fields})
+        return (itself, *self.ancestors)
 
 
 def check_name(field: str, name: str) -> str:

@@ -206,6 +206,39 @@ def test_reading_prints_text_or_one_json_document(
     assert document
 
 
+def test_show_prints_the_chain(server: FakeServer, run: Run) -> None:
+    file = model.ModelFile(path="x.gguf", bytes=2048, sha256="d" * 64)
+    base = model.Ancestor(
+        name="base",
+        scheme="bf16",
+        revision="b" * 64,
+        source="org/base",
+        source_revision="c" * 40,
+        source_digest="e" * 64,
+        source_files=[file],
+    )
+    small = model.Model(
+        name="small",
+        scheme="gptq",
+        revision="a" * 64,
+        parent="base",
+        calibration_digest="f" * 64,
+        ancestors=[base],
+    )
+    server.on["GetModel"] = lambda *_: model.GetModelResponse(model=small)
+    _, out, _ = run("models", "show", "small")
+    assert out.partition("lineage:\n")[2].splitlines() == [
+        f"  small (gptq), revision {'a' * 12}, calibrated with {'f' * 12}",
+        f"  base (bf16), revision {'b' * 12}",
+        f"  org/base at {'c' * 40}, digest {'e' * 12}",
+        f"    x.gguf, 2.0 KiB, {'d' * 12}",
+    ]
+    small.ClearField("ancestors")  # made by a server that recorded none
+    small.source_digest = "b" * 64
+    _, out, _ = run("models", "show", "small")
+    assert out.endswith(f"  base, revision {'b' * 12}\n")
+
+
 def test_json_keeps_the_schemas_names(server: FakeServer, run: Run) -> None:
     server.on["ListModels"] = lambda *_: model.ListModelsResponse(models=[MODEL])
     _, out, _ = run("models", "--json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -40,6 +41,14 @@ def test_a_hub_model_is_fetched_and_imported(start: Start, hub: list[str]) -> No
     assert (code, reports[-1]) == (0, Staged())
     manifest = Manifest.model_validate_json((job.staging / MANIFEST_FILE).read_bytes())
     assert manifest.source == "org/name@v1"
+    assert re.fullmatch("[0-9a-f]{40}", manifest.source_revision)
+    assert {file.path for file in manifest.source_files} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    fetched = [path for path in hub if "/resolve/" in path]
+    assert all(f"/resolve/{manifest.source_revision}/" in path for path in fetched)
     assert not (job.staging / ".download").exists()
     assert {file.path for file in manifest.files} == {
         "config.json",

@@ -24,13 +24,18 @@ from lowbit.cli.common import (
     usage_errors,
 )
 from lowbit.cli.progress import follow_job, follow_load
-from lowbit.v1.model_pb2 import ListModelsResponse, Model, ReplicaState
+from lowbit.v1.model_pb2 import Ancestor, ListModelsResponse, Model, ReplicaState
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lowbit.sync.client import Client
     from lowbit.v1.job_pb2 import Job
 
 app = typer.Typer(help="List, show, check and remove models.", invoke_without_command=True)
+
+# Of a digest, what a person can compare.
+_SHORT = 12
 
 Name = Annotated[str, typer.Argument(help="Name or alias of a model.", show_default=False)]
 
@@ -133,8 +138,13 @@ def show(context: typer.Context, name: Name, *, as_json: AsJson = False) -> None
             ("perplexity", _perplexity(model)),
             ("made", moment(model.create_time)),
             ("live on", _live(model)),
+            ("calibration", model.calibration_digest),
+            ("libraries", ", ".join(f"{one.name} {one.version}" for one in model.libraries)),
         ]
     )
+    typer.echo("lineage:")
+    for line in _lineage(model):
+        typer.echo(f"  {line}")
 
 
 @app.command()
@@ -180,6 +190,24 @@ def alias(
     with connect(context) as client:
         client.set_alias(alias_name, name)
     typer.echo(f"{alias_name} -> {name}" if name else f"{alias_name}: removed")
+
+
+def _lineage(model: Model) -> Iterator[str]:
+    """Yield the chain from a model to the files that its first ancestor was imported from."""
+    chain: list[Model | Ancestor] = [model, *model.ancestors]
+    for one in chain:
+        words = [f"{one.name} ({one.scheme})", f"revision {one.revision[:_SHORT]}"]
+        if one.calibration_digest:
+            words.append(f"calibrated with {one.calibration_digest[:_SHORT]}")
+        yield ", ".join(words)
+    first = chain[-1]
+    if model.parent and not model.ancestors:  # made before lineage was recorded
+        yield f"{model.parent}, revision {model.source_digest[:_SHORT]}"
+        return
+    commit = f" at {first.source_revision}" if first.source_revision else ""
+    yield f"{first.source}{commit}, digest {first.source_digest[:_SHORT]}"
+    for file in first.source_files:
+        yield f"  {file.path}, {size(file.bytes)}, {file.sha256[:_SHORT]}"
 
 
 def _row(model: Model) -> tuple[str, ...]:

@@ -173,6 +173,8 @@ class Model(_message.Message):
     CALIBRATION_DIGEST_FIELD_NUMBER: _builtins.int
     LIBRARIES_FIELD_NUMBER: _builtins.int
     ANCESTORS_FIELD_NUMBER: _builtins.int
+    SOURCE_FILES_FIELD_NUMBER: _builtins.int
+    SOURCE_REVISION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique name."""
     revision: _builtins.str
@@ -195,6 +197,8 @@ class Model(_message.Message):
     """Name of the model it was quantized from; empty for imports."""
     calibration_digest: _builtins.str
     """Digest of the calibration samples; empty where none were used."""
+    source_revision: _builtins.str
+    """Commit of the hub that it was imported from; empty for other sources."""
     @_builtins.property
     def scheme_options(self) -> _quantization_pb2.Scheme:
         """Full scheme with its options."""
@@ -227,6 +231,10 @@ class Model(_message.Message):
     def ancestors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Ancestor]:
         """What it was made from, the nearest first; the last is what was imported."""
 
+    @_builtins.property
+    def source_files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFile]:
+        """Files that it was imported from, with their digests; empty for quantized models."""
+
     def __init__(
         self,
         *,
@@ -249,10 +257,12 @@ class Model(_message.Message):
         calibration_digest: _builtins.str = ...,
         libraries: _abc.Iterable[Global___Library] | None = ...,
         ancestors: _abc.Iterable[Global___Ancestor] | None = ...,
+        source_files: _abc.Iterable[Global___ModelFile] | None = ...,
+        source_revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "quality", b"quality", "scheme_options", b"scheme_options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "ancestors", b"ancestors", "architecture", b"architecture", "calibration_digest", b"calibration_digest", "context_tokens", b"context_tokens", "create_time", b"create_time", "disk_bytes", b"disk_bytes", "files", b"files", "libraries", b"libraries", "name", b"name", "parameters", b"parameters", "parent", b"parent", "quality", b"quality", "replicas", b"replicas", "revision", b"revision", "scheme", b"scheme", "scheme_options", b"scheme_options", "source", b"source", "source_digest", b"source_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "ancestors", b"ancestors", "architecture", b"architecture", "calibration_digest", b"calibration_digest", "context_tokens", b"context_tokens", "create_time", b"create_time", "disk_bytes", b"disk_bytes", "files", b"files", "libraries", b"libraries", "name", b"name", "parameters", b"parameters", "parent", b"parent", "quality", b"quality", "replicas", b"replicas", "revision", b"revision", "scheme", b"scheme", "scheme_options", b"scheme_options", "source", b"source", "source_digest", b"source_digest", "source_files", b"source_files", "source_revision", b"source_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -297,6 +307,9 @@ class Ancestor(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     SOURCE_DIGEST_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    SOURCE_FILES_FIELD_NUMBER: _builtins.int
+    SOURCE_REVISION_FIELD_NUMBER: _builtins.int
+    SCHEME_OPTIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name."""
     revision: _builtins.str
@@ -309,9 +322,19 @@ class Ancestor(_message.Message):
     """Path or hub id that it was imported from, as it was given."""
     source_digest: _builtins.str
     """Digest of what it was made from."""
+    source_revision: _builtins.str
+    """Commit of the hub that it was imported from; empty for other sources."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFile]:
         """Its files with their digests."""
+
+    @_builtins.property
+    def source_files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFile]:
+        """Files that it was imported from, with their digests; empty for quantized models."""
+
+    @_builtins.property
+    def scheme_options(self) -> _quantization_pb2.Scheme:
+        """Full scheme with its options."""
 
     def __init__(
         self,
@@ -323,10 +346,13 @@ class Ancestor(_message.Message):
         source: _builtins.str = ...,
         source_digest: _builtins.str = ...,
         files: _abc.Iterable[Global___ModelFile] | None = ...,
+        source_files: _abc.Iterable[Global___ModelFile] | None = ...,
+        source_revision: _builtins.str = ...,
+        scheme_options: _quantization_pb2.Scheme | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scheme_options", b"scheme_options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration_digest", b"calibration_digest", "files", b"files", "name", b"name", "revision", b"revision", "scheme", b"scheme", "source", b"source", "source_digest", b"source_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration_digest", b"calibration_digest", "files", b"files", "name", b"name", "revision", b"revision", "scheme", b"scheme", "scheme_options", b"scheme_options", "source", b"source", "source_digest", b"source_digest", "source_files", b"source_files", "source_revision", b"source_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
