@@ -143,9 +143,9 @@ class Checkpoint:
 
     def _clear(self) -> None:
         """Remove what the record does not name."""
-        kept = {CHECKPOINT_FILE} | {self._block(number).name for number in range(len(self))}
-        if self._record.state:
-            kept.add(self._state(len(self) - 1).name)
+        kept = {self._block(number).name for number in range(len(self))}
+        if kept:
+            kept |= {CHECKPOINT_FILE, self._state(len(self) - 1).name}
         for path in self._folder.iterdir():
             if path.name in kept:
                 continue
