@@ -326,7 +326,9 @@ class JobManager:
         end = {"state": state, "error": error, "queue_position": 0, "end_time": now()}
         if _next(job, **end).not_resumable:
             await self._remove_checkpoint(job.id)
-        job = await self._change(self._active[job.id], **end)
+        # A cancel may have come between: one more event, and too late.
+        job = job.model_copy(update={"sequence": self._active[job.id].sequence})
+        job = await self._change(job, **end)
         log.info(
             "job ended",
             job=job.id,
