@@ -126,30 +126,29 @@ def moments(rng: random.Random, early: int, quantizing: int, late: int) -> list[
     return found
 
 
-@pytest.mark.parametrize("name", SCHEMES)
 def test_killed_job_processes(
-    service: Any, undisturbed: Any, eventually: Callable[..., Any], name: str
+    service: Any, undisturbed: Any, eventually: Callable[..., Any]
 ) -> None:
-    """Ten kills of each of two jobs that run at the same time."""
+    """Twenty kills, ten of a job of each scheme, which run at the same time."""
     print(f"seed {SEED}")  # noqa: T201 - shown when it fails
 
-    def killed(number: int) -> str:
-        rng = random.Random(f"{SEED}-{name}-{number}")
-        target = f"killed-{name}-{number}"
+    def killed(name: str) -> int:
+        kills = pid = 0
         with Client(service.server.address) as client:
-            job = quantize(client, name, target)
-            pid = 0
-            for moment in moments(rng, early=3, quantizing=5, late=2):
+            job = quantize(client, name, f"killed-{name}")
+            for moment in moments(random.Random(f"{SEED}-{name}"), early=3, quantizing=5, late=2):
                 process = eventually(lambda pid=pid: process_of(service.server, job, but=pid))
                 pid = process.pid
                 wait_for(client, job, moment, client.get_job(job.id).sequence)
                 process.kill()
+                kills += 1
             client.wait_job(job.id)
-        return target
+        return kills
 
-    with ThreadPoolExecutor(2) as threads:
-        for target in threads.map(killed, range(2)):
-            assert content(service.server.home, target) == undisturbed[name]
+    with ThreadPoolExecutor(len(SCHEMES)) as threads:
+        assert sum(threads.map(killed, SCHEMES)) == 20
+    for name in SCHEMES:
+        assert content(service.server.home, f"killed-{name}") == undisturbed[name]
     assert not list((service.server.home / "checkpoints").iterdir())
 
 
