@@ -447,6 +447,36 @@ def test_quantizing_what_cannot_be_quantized(service: Any, tiny: str, echo: str)
         assert fields(refusal) == ["evaluation.source.dataset"]
 
 
+def test_estimates_of_what_cannot_be_made(service: Any, tiny: str, echo: str) -> None:
+    def refused(
+        field: str, name: str, source: str = tiny, calibration: quant.Calibration | None = None
+    ) -> None:
+        request = quant.EstimateQuantizationRequest(
+            source=source, scheme=scheme(name), calibration=calibration
+        )
+        with service.refused(*INVALID) as refusal:
+            service.quantization.EstimateQuantization(request, timeout=30)
+        assert fields(refusal) == [field]
+
+    refused("source", "int8", source=echo)
+    refused("scheme", "rtn")  # 16 columns
+    refused("calibration", "int8", calibration=quant.Calibration(samples=4))
+    beyond = quant.Calibration(sequence_tokens=129)
+    refused("calibration.sequence_tokens", "gptq", calibration=beyond)
+    unknown = quant.Calibration(source=quant.TextSource(dataset="c5"))
+    refused("calibration.source.dataset", "gptq", calibration=unknown)
+    with service.refused(StatusCode.PERMISSION_DENIED, "SOURCE_NOT_ALLOWED"):
+        outside = quant.TextSource(file=quant.TextFile(path="/etc/hostname"))
+        service.client.estimate_quantization(
+            tiny, "awq", calibration=quant.Calibration(source=outside)
+        )
+    with service.refused(*INVALID) as refusal:
+        service.client.estimate_load(echo)
+    assert fields(refusal) == ["model"]
+    with service.refused(StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"):
+        service.client.estimate_load("nobody")
+
+
 def test_importing_as_a_type_that_there_is_not(service: Any) -> None:
     request = model_pb2.ImportModelRequest(
         model="typed", source=model_pb2.ModelSource(path=str(service.sources / "echo")), type=9

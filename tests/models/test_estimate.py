@@ -9,7 +9,14 @@ import pytest
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.models.measure import live_bytes
 from lowbit_server.models.transformers import TransformersModel, place
-from lowbit_server.quant.schemes import Bnb4BitScheme, FloatScheme, Int8Scheme, RtnScheme
+from lowbit_server.quant.schemes import (
+    AwqScheme,
+    Bnb4BitScheme,
+    FloatScheme,
+    GptqScheme,
+    Int8Scheme,
+    RtnScheme,
+)
 from lowbit_server.rpc import estimates
 from tests.models.quantkit import FAMILIES, SIZES, Store, random_source
 
@@ -75,6 +82,17 @@ def test_more_calibration_takes_longer_and_more_memory(store: Store, tmp_path: P
     assert many.duration.ToMilliseconds() > few.duration.ToMilliseconds()
     extra = many.peak_memory_bytes - few.peak_memory_bytes
     assert extra >= ((1 << 24) - (1 << 10)) * SIZES["hidden_size"] * 4
+
+
+def test_layers_that_a_scheme_cannot_take_are_named(store: Store, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1}
+    base = store.imported(random_source(tmp_path / "source", model_type="llama", **sizes))
+    source = estimates.read(store.manifest("base"), base)
+    for scheme in (RtnScheme(), GptqScheme(), AwqScheme(), Bnb4BitScheme(quant_type="nf4")):
+        with pytest.raises(LowbitError, match="has 192 x 96") as caught:
+            estimates.quantization(source, scheme, 0, ["cpu"])
+        assert caught.value.violations[0].field == "scheme"
+    assert estimates.quantization(source, RtnScheme(group_size=32), 0, ["cpu"]).disk_bytes
 
 
 def test_the_time_on_a_device_whose_speed_is_unknown_is_left_out(

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lowbit_server.errors import invalid
 from lowbit_server.quant.schemes import (
     AwqScheme,
     Bnb4BitScheme,
@@ -96,12 +97,16 @@ def linear_names(entries: Entries) -> list[str]:
 
 
 def quantized(entries: Entries, scheme: Scheme) -> dict[str, TensorEntry]:
-    """Return the tensors that a floating-point checkpoint has once it is in a scheme."""
+    """Return the tensors that a floating-point checkpoint has once it is in a scheme.
+
+    Raises LowbitError(INVALID_FIELD) for a layer that the scheme's layout cannot take.
+    """
     found: dict[str, TensorEntry] = {}
     linears = set() if isinstance(scheme, FloatScheme) else set(linear_names(entries))
     for name, entry in entries.items():
         if name in linears:
             rows, columns = entry.shape
+            _check_shape(name, rows, columns, scheme)
             found |= dict(_stored(name, rows, columns, scheme))
         elif isinstance(scheme, FloatScheme) and entry.dtype in FLOAT_NAMES.values():
             found[name] = _entry(FLOAT_NAMES[scheme.type], *entry.shape)
@@ -140,6 +145,23 @@ def live_bytes(entries: Entries, scheme: Scheme, shape: Shape, device: str) -> i
         elif entry.dtype == "I8":
             total += entry.bytes
     return total
+
+
+def _check_shape(name: str, rows: int, columns: int, scheme: Scheme) -> None:
+    """Refuse what the methods refuse, too."""
+    match scheme:
+        case GptqScheme() | RtnScheme() | AwqScheme():
+            tile, width = _WORD_BITS, max(scheme.group_size, _WORD_BITS)
+        case Bnb4BitScheme():
+            tile, width = _WORD_BITS, _BNB_BLOCK
+        case _:
+            return
+    if rows % tile or columns % width:
+        raise invalid(
+            "scheme",
+            f"{scheme.name} needs rows in multiples of {tile} and columns in multiples of "
+            f"{width}; {name} has {rows} x {columns}",
+        )
 
 
 def _stored(
