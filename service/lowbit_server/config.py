@@ -78,6 +78,9 @@ class Config(BaseSettings):
     """Jobs that wait at one time, for all devices; the next one is refused."""
     evaluation_cache_bytes: int = Field(default=4 << 30, ge=0)
     """What evaluations may keep of the models that others are compared with, bytes on disk."""
+    gptqmodel_python: Path | None = None
+    """Python of an environment with gptqmodel and lowbit-server, for architectures that our own
+    GPTQ and AWQ do not know; None refuses these."""
 
     worker_start_timeout_s: float = Field(default=120.0, gt=0)
     worker_ping_interval_s: float = Field(default=2.0, gt=0)
@@ -133,6 +136,15 @@ class Config(BaseSettings):
                 message = f"{root} is not a folder"
                 raise ValueError(message)
         return roots
+
+    @field_validator("gptqmodel_python")
+    @classmethod
+    def _check_python(cls, value: Path | None) -> Path | None:
+        # Not resolved: a virtual environment's Python is a link, and known by its place.
+        if value is not None and not os.access(value, os.X_OK):
+            message = f"{value} is no program"
+            raise ValueError(message)
+        return value and value.absolute()
 
     @classmethod
     def settings_customise_sources(

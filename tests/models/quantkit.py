@@ -15,15 +15,20 @@ from lowbit_server.jobs.importing import import_model
 from lowbit_server.jobs.quantizing import quantize_model
 from lowbit_server.jobs.report import Reporter
 from lowbit_server.jobs.spec import JOB_REPORT, ImportSpec, Progress, QuantizeSpec
+from lowbit_server.quant.rtn import grid, nearest
 from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
 from lowbit_server.store.sealing import check_files
+from lowbit_server.store.tensors import TensorWriter
 from lowbit_server.testing import byte_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from lowbit_server.jobs.spec import CalibrationSpec, EvaluationSpec
+    from lowbit_server.models.grouped import GroupedWeight
     from lowbit_server.quant.schemes import FloatType, Scheme
+
 
 SIZES = {
     "hidden_size": 128,
@@ -128,3 +133,36 @@ def config(folder: Path) -> dict[str, Any]:
     """Return config.json."""
     found: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return found
+
+
+def grouped_checkpoint(
+    source: Path,
+    folder: Path,
+    quantization: dict[str, Any],
+    quantize: Callable[[str, torch.Tensor], GroupedWeight],
+) -> tuple[Path, Any]:
+    """Quantize the linear layers of a folder; return the result and its model in bf16."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    tensors = weights(source)
+    folder.mkdir()
+    with TensorWriter(folder, 4 * len(tensors)) as writer:
+        for name, tensor in tensors.items():
+            if not name.endswith("_proj.weight"):
+                writer.write(name, tensor)
+                continue
+            layer = quantize(name.removesuffix(".weight"), tensor)
+            model.get_parameter(name).data = layer.dequantized(tensor.dtype)
+            for key, part in layer.tensors(name.removesuffix(".weight")).items():
+                writer.write(key, part)
+    text = json.dumps(config(source) | {"quantization_config": quantization})
+    (folder / "config.json").write_text(text)
+    (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    return folder, model
+
+
+def rounded(weight: torch.Tensor, bits: int, size: int, *, sym: bool) -> tuple[torch.Tensor, ...]:
+    """Return codes (in, out), zero points and scales (groups, out)."""
+    size = weight.shape[1] if size == -1 else size
+    groups = weight.float().T.reshape(-1, size, len(weight))
+    scales, zeros = grid(groups, bits, sym=sym)
+    return nearest(groups, scales, zeros, bits).flatten(0, 1), zeros, scales

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.models.grouped import PACKED_ROWS, GroupedLinear
@@ -16,54 +15,24 @@ from lowbit_server.models.transformers import TransformersModel, place
 from lowbit_server.quant.awq_packing import AwqLinear, quantization_config
 from lowbit_server.quant.dynamic import overrides
 from lowbit_server.quant.packing import PackedLinear
-from lowbit_server.quant.rtn import grid, nearest
 from lowbit_server.quant.schemes import AwqScheme, GptqScheme, LayerBits
-from lowbit_server.store.tensors import TensorWriter
-from tests.models.quantkit import FAMILIES, Store, config, random_source, weights
+from tests.models.quantkit import (
+    FAMILIES,
+    Store,
+    config,
+    grouped_checkpoint,
+    random_source,
+    rounded,
+    weights,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
-
-    from lowbit_server.models.grouped import GroupedWeight
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path)
-
-
-def checkpoint(
-    source: Path,
-    folder: Path,
-    quantization: dict[str, Any],
-    quantize: Callable[[str, torch.Tensor], GroupedWeight],
-) -> tuple[Path, Any]:
-    """Quantize the linear layers of a folder; return the result and its model in bf16."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    tensors = weights(source)
-    folder.mkdir()
-    with TensorWriter(folder, 4 * len(tensors)) as writer:
-        for name, tensor in tensors.items():
-            if not name.endswith("_proj.weight"):
-                writer.write(name, tensor)
-                continue
-            layer = quantize(name.removesuffix(".weight"), tensor)
-            model.get_parameter(name).data = layer.dequantized(tensor.dtype)
-            for key, part in layer.tensors(name.removesuffix(".weight")).items():
-                writer.write(key, part)
-    text = json.dumps(config(source) | {"quantization_config": quantization})
-    (folder / "config.json").write_text(text)
-    (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
-    return folder, model
-
-
-def rounded(weight: torch.Tensor, bits: int, size: int, *, sym: bool) -> tuple[torch.Tensor, ...]:
-    """Return codes (in, out), zero points and scales (groups, out)."""
-    size = weight.shape[1] if size == -1 else size
-    groups = weight.float().T.reshape(-1, size, len(weight))
-    scales, zeros = grid(groups, bits, sym=sym)
-    return nearest(groups, scales, zeros, bits).flatten(0, 1), zeros, scales
 
 
 def deviates(found: Any, expected: Any, tokens: int) -> float:
@@ -89,7 +58,7 @@ def test_awq_checkpoints_are_served(
     def quantize(_: str, weight: torch.Tensor) -> AwqLinear:
         return AwqLinear.of(*rounded(weight, 4, scheme.group_size, sym=not scheme.zero_point))
 
-    foreign, expected = checkpoint(source, tmp_path / "foreign", said, quantize)
+    foreign, expected = grouped_checkpoint(source, tmp_path / "foreign", said, quantize)
     folder = store.imported(foreign, "foreign")
     manifest = store.manifest("foreign")
     assert manifest.scheme == scheme
@@ -111,7 +80,7 @@ def test_layers_may_have_bits_of_their_own(store: Store, tmp_path: Path) -> None
         found = next((bits[start] for start in bits if name.startswith(start)), 4)
         return PackedLinear.of(found, *rounded(weight, found, 64, sym=False))
 
-    foreign, expected = checkpoint(
+    foreign, expected = grouped_checkpoint(
         source, tmp_path / "foreign", said | {"dynamic": overrides(layers)}, quantize
     )
     folder = store.imported(foreign, "foreign")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from lowbit_server.errors import Reason
-from lowbit_server.jobs.spec import JOB_REPORT, Failed, Progress
+from lowbit_server.jobs.spec import JOB_REPORT, Failed, Progress, QuantizeSpec
 from lowbit_server.store.sealing import disk_full_is_named
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Attempt:
         with disk_full_is_named(folder):
             spec.write_text(self._job.spec.model_dump_json())
         process = await asyncio.create_subprocess_exec(
-            *command(self._config, spec, self._job.id),
+            *command(self._config, spec, self._job),
             stdin=asyncio.subprocess.PIPE,  # its end tells the process that we are gone
             stdout=asyncio.subprocess.PIPE,
             limit=REPORT_BYTES,
@@ -88,11 +88,14 @@ async def _follow(
     )
 
 
-def command(config: Config, spec: Path, job_id: str) -> list[str]:
+def command(config: Config, spec: Path, job: Job) -> list[str]:
     """Return the command line of a job's process."""
-    line = [sys.executable, "-m", "lowbit_server.jobs.process", "--spec", str(spec)]
-    line += ["--staging", str(config.home / "staging" / job_id)]
-    line += ["--checkpoint", str(config.home / "checkpoints" / job_id)]
+    python: str | Path | None = sys.executable
+    if isinstance(job.spec, QuantizeSpec) and job.spec.provider == "gptqmodel":
+        python = config.gptqmodel_python
+    line = [str(python), "-m", "lowbit_server.jobs.process", "--spec", str(spec)]
+    line += ["--staging", str(config.home / "staging" / job.id)]
+    line += ["--checkpoint", str(config.home / "checkpoints" / job.id)]
     line += ["--models", str(config.home / "models")]
     line += ["--cache", str(config.home / "cache")]
     line += ["--cache-bytes", str(config.evaluation_cache_bytes)]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowbit_server.jobs.describing import read_manifest, write_config, write_quantized_manifest
 from lowbit_server.jobs.evaluating import Subject, cut_text, measure
 from lowbit_server.jobs.fingerprint import fingerprint
-from lowbit_server.quant import gate, registry
+from lowbit_server.quant import gate, gptqmodel_provider, registry
 from lowbit_server.quant.calibration import draw
 from lowbit_server.quant.casting import FLOAT_TYPES, cast, type_name
+from lowbit_server.quant.foreign import foreign_scheme
 from lowbit_server.quant.layout import blocks, linear_layers
 from lowbit_server.quant.methods import method
-from lowbit_server.quant.schemes import FloatScheme
+from lowbit_server.quant.schemes import AwqScheme, FloatScheme, GptqScheme
 from lowbit_server.quant.text import check_apart, evaluation_text
 from lowbit_server.store.checkpoint import Checkpoint
 from lowbit_server.store.sealing import disk_full_is_named, seal_files
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from lowbit_server.jobs.context import Context
     from lowbit_server.jobs.spec import QuantizeSpec
+    from lowbit_server.quant.calibration import Samples
     from lowbit_server.quant.method import Method
     from lowbit_server.store.manifest import Manifest
 
@@ -42,7 +44,7 @@ def quantize_model(spec: QuantizeSpec, context: Context) -> None:
     """
     source = context.models / spec.source
     parent = read_manifest(source, spec.source)
-    registry.check(spec.scheme, parent, spec.device)
+    registry.check(spec.scheme, parent, spec.device, gptqmodel=spec.provider == "gptqmodel")
     assert isinstance(parent.scheme, FloatScheme)  # noqa: S101  (just checked)
     staging = context.staging
     with disk_full_is_named(staging.parent):
@@ -53,15 +55,21 @@ def quantize_model(spec: QuantizeSpec, context: Context) -> None:
         context.reporter.phase("calibrate")
         samples = draw(spec.calibration, source, parent.context_tokens)
         check_apart(samples.text, held_out)
-    chosen = method(spec.scheme, spec.device, source, samples)
     # What the result is stored in where it is not quantized.
     kept = spec.scheme if isinstance(spec.scheme, FloatScheme) else parent.scheme
     digest = samples.digest if samples else ""
-    depends_on = fingerprint(spec, parent, digest)
-    checkpoint = Checkpoint(context.checkpoint, depends_on, threads=torch.get_num_threads())
-    torch.set_num_threads(checkpoint.threads)
-    _stream(source, chosen, kept, checkpoint, context)
-    _describe_weights(source, staging, chosen, kept)
+    quantization: dict[str, Any] | None
+    if spec.provider == "gptqmodel":
+        assert samples is not None  # noqa: S101  (its schemes are calibrated)
+        quantization = _with_gptqmodel(spec, source, samples, context)
+    else:
+        chosen = method(spec.scheme, spec.device, source, samples)
+        depends_on = fingerprint(spec, parent, digest)
+        checkpoint = Checkpoint(context.checkpoint, depends_on, threads=torch.get_num_threads())
+        torch.set_num_threads(checkpoint.threads)
+        _stream(source, chosen, kept, checkpoint, context)
+        quantization = chosen.quantization_config()
+    _describe_weights(source, staging, quantization, kept)
     _copy_rest(source, staging, parent)
     files = seal_files(staging)
     disk_bytes = sum(file.bytes for file in files)
@@ -109,13 +117,37 @@ def _stream(
             context.reporter.progress(done + 1, writer.bytes)
 
 
+def _with_gptqmodel(
+    spec: QuantizeSpec, source: Path, samples: Samples, context: Context
+) -> dict[str, Any]:
+    """Fill the staging folder with what gptqmodel saves; return what it says about it."""
+    assert isinstance(spec.scheme, GptqScheme | AwqScheme)  # noqa: S101  (the front chose)
+    context.reporter.phase("quantize", read_json(source / CONFIG_FILE)["num_hidden_layers"])
+    # Inside the staging folder, so that it goes with it when the job is killed.
+    made = context.staging / "gptqmodel"
+    gptqmodel_provider.quantize(
+        spec.scheme, source, samples.ids, made, lambda done: context.reporter.progress(done, 0)
+    )
+    quantization: dict[str, Any] = read_json(made / CONFIG_FILE)["quantization_config"]
+    with TensorReader(shards(made)) as reader:
+        foreign_scheme(quantization, reader.entries)  # raises for what cannot be served
+        context.reporter.phase("save", len(reader.entries))
+        with TensorWriter(context.staging, len(reader.entries)) as writer:
+            for done, name in enumerate(reader.entries, 1):
+                writer.write(name, reader.tensor(name))
+                context.reporter.progress(done, writer.bytes)
+    shutil.rmtree(made)
+    return quantization
+
+
 def _stored_tensors(tensors: int, linears: int) -> int:
     return tensors + _TENSORS_PER_LINEAR * linears
 
 
-def _describe_weights(source: Path, staging: Path, chosen: Method, kept: FloatScheme) -> None:
+def _describe_weights(
+    source: Path, staging: Path, quantization: dict[str, Any] | None, kept: FloatScheme
+) -> None:
     config = read_json(source / CONFIG_FILE)
-    quantization = chosen.quantization_config()
     if quantization is not None:
         config["quantization_config"] = quantization
     write_config(staging, config, type_name(kept.type))

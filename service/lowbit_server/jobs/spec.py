@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from lowbit_server.errors import Reason
 from lowbit_server.quant.quality import Quality
-from lowbit_server.quant.schemes import FloatType, Scheme
+from lowbit_server.quant.schemes import FloatType, Provider, Scheme
 
 
 class _Record(BaseModel):
@@ -105,6 +105,7 @@ class QuantizeSpec(_Record):
     """Name of the model in the store that it is made from."""
     scheme: Scheme
     device: str
+    provider: Provider = "own"
     calibration: CalibrationSpec | None = None
     """None for schemes that use no calibration text."""
     evaluation: EvaluationSpec | None = None

@@ -10,7 +10,7 @@ from lowbit_server.errors import LowbitError, Reason, invalid
 from lowbit_server.quant.schemes import FloatScheme, ScriptedScheme
 
 if TYPE_CHECKING:
-    from lowbit_server.quant.schemes import Scheme
+    from lowbit_server.quant.schemes import Provider, Scheme
     from lowbit_server.store.manifest import Manifest
 
 
@@ -37,18 +37,31 @@ class SchemeInfo:
     built: bool = True
     """Whether this version has a method for it."""
 
-    def availability(self, device: str) -> Availability:
-        """Return whether models can be quantized with it and served on a device here."""
+    def availability(self, device: str, *, gptqmodel: bool) -> Availability:
+        """Return whether models can be quantized with it and served on a device here.
+
+        `gptqmodel` says whether there is an environment with that library.
+        """
+        others = "" if gptqmodel or not self.calibrated else _OTHERS
         if not self.built:
-            reason = f"quantizing with {self.name} is not available in this version"
-            return Availability(can_quantize=False, can_serve=True, reason=reason)
+            reason = f"quantizing with {self.name} is not available in this version; {others}"
+            return Availability(can_quantize=gptqmodel, can_serve=True, reason=reason.rstrip("; "))
         missing = [package for package in self.packages if find_spec(package) is None]
         if missing:
             reason = f"{self.name} on {device} needs: pip install {' '.join(missing)}"
             return Availability(can_quantize=False, can_serve=False, reason=reason)
-        return Availability(can_quantize=True, can_serve=True)
+        return Availability(can_quantize=True, can_serve=True, reason=others)
 
 
+OWN_ARCHITECTURES = frozenset(
+    f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
+)
+"""What our own GPTQ and AWQ know; they follow the activations through each layer."""
+_OTHERS = (
+    "architectures other than Llama, Mistral, Qwen2 and Qwen3 need gptqmodel: pip install "
+    "'lowbit-server[gptqmodel]' in an environment of its own, and set LOWBIT_GPTQMODEL_PYTHON to "
+    "that environment's Python"
+)
 _BITSANDBYTES = ("bitsandbytes", "accelerate")
 # One 8-bit scale for 64 weights and one 32-bit scale for 256 of those (QLoRA, section 3).
 _BNB_4BIT_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -102,8 +115,16 @@ def is_calibrated(scheme: Scheme) -> bool:
     return any(info.calibrated for info in _SCHEMES if info.name == scheme.name)
 
 
-def check(scheme: Scheme, source: Manifest, device: str) -> None:
+def provider(scheme: Scheme, source: Manifest) -> Provider:
+    """Return whose code quantizes a model with a scheme."""
+    known = not is_calibrated(scheme) or source.architecture in OWN_ARCHITECTURES
+    return "own" if known else "gptqmodel"
+
+
+def check(scheme: Scheme, source: Manifest, device: str, *, gptqmodel: bool) -> None:
     """Check, before any work, that a model can be quantized with a scheme on a device.
+
+    `gptqmodel` says whether there is an environment with that library.
 
     Raises LowbitError: SCHEME_UNAVAILABLE that says what to install, INVALID_FIELD for a
     source that is quantized already.
@@ -111,9 +132,12 @@ def check(scheme: Scheme, source: Manifest, device: str) -> None:
     info = next((info for info in _SCHEMES if info.name == scheme.name), None)
     if info is None:
         raise invalid("scheme", f"{scheme.name} is no scheme to quantize with")
-    found = info.availability(device)
-    if not found.can_quantize:
+    found = info.availability(device, gptqmodel=gptqmodel)
+    other = provider(scheme, source) == "gptqmodel"
+    if not (gptqmodel if other else found.can_quantize):
         metadata = {"scheme": scheme.name, "device": device}
+        if other:
+            metadata["architecture"] = source.architecture
         raise LowbitError(Reason.SCHEME_UNAVAILABLE, found.reason, metadata=metadata)
     check_source(source)
 

@@ -11,6 +11,8 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 FloatType: TypeAlias = Literal["fp32", "fp16", "bf16"]
+Provider: TypeAlias = Literal["own", "gptqmodel"]
+"""Whose code quantizes: ours, or gptqmodel in an environment of its own."""
 
 
 class _Options(BaseModel):

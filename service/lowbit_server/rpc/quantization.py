@@ -36,6 +36,7 @@ class QuantizationService(QuantizationServiceServicer):
         self._catalog = catalog
         self._jobs = jobs
         self._scheduler = scheduler
+        self._gptqmodel = config.gptqmodel_python is not None
 
     async def Quantize(self, request: pb.QuantizeRequest, context: Context) -> pb.QuantizeResponse:
         """Check everything and queue the job."""
@@ -43,7 +44,7 @@ class QuantizationService(QuantizationServiceServicer):
         source = self._catalog.resolve(request.source)
         scheme = convert.scheme(request.scheme)
         device = self._device(request.device)
-        registry.check(scheme, source, device)
+        registry.check(scheme, source, device, gptqmodel=self._gptqmodel)
         calibration = await self._calibration(
             request.calibration, scheme, source, given=request.HasField("calibration")
         )
@@ -63,6 +64,7 @@ class QuantizationService(QuantizationServiceServicer):
             source=source.name,
             scheme=scheme,
             device=device,
+            provider=registry.provider(scheme, source),
             calibration=calibration,
             evaluation=evaluation,
             gate=gate,
@@ -91,7 +93,7 @@ class QuantizationService(QuantizationServiceServicer):
                             reason=found.reason,
                         )
                         for device in self._config.devices
-                        for found in [info.availability(device)]
+                        for found in [info.availability(device, gptqmodel=self._gptqmodel)]
                     ],
                 )
                 for info in registry.schemes()

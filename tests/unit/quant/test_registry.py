@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import partial
 from importlib import util
 from typing import TYPE_CHECKING, get_args
 
@@ -36,12 +37,15 @@ USABLE: list[Scheme] = [
 LATER: list[Scheme] = [GptqScheme(), AwqScheme()]
 
 
-def model(scheme: Scheme, parent: str = "") -> Manifest:
+check = partial(registry.check, gptqmodel=False)
+
+
+def model(scheme: Scheme, parent: str = "", architecture: str = "LlamaForCausalLM") -> Manifest:
     return Manifest(
         name="model",
         revision="0",
         scheme=scheme,
-        architecture="LlamaForCausalLM",
+        architecture=architecture,
         parameters=1,
         context_tokens=1,
         vocab_size=1,
@@ -63,13 +67,13 @@ def test_every_scheme_is_listed_once() -> None:
 @pytest.mark.parametrize("scheme", USABLE, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_usable_schemes_pass(scheme: Scheme, device: str) -> None:
-    registry.check(scheme, model(FloatScheme(type="bf16")), device)
+    check(scheme, model(FloatScheme(type="bf16")), device)
 
 
 @pytest.mark.parametrize("scheme", LATER, ids=lambda scheme: scheme.name)
 def test_later_schemes_are_unavailable(scheme: Scheme) -> None:
     with pytest.raises(LowbitError, match=scheme.name) as caught:
-        registry.check(scheme, model(FloatScheme(type="bf16")), "cpu")
+        check(scheme, model(FloatScheme(type="bf16")), "cpu")
     assert caught.value.reason is Reason.SCHEME_UNAVAILABLE
 
 
@@ -81,26 +85,46 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(registry, "find_spec", without)
     with pytest.raises(LowbitError, match="pip install bitsandbytes") as caught:
-        registry.check(Int8Scheme(), model(FloatScheme(type="bf16")), "cpu")
+        check(Int8Scheme(), model(FloatScheme(type="bf16")), "cpu")
     assert caught.value.reason is Reason.SCHEME_UNAVAILABLE
-    registry.check(FloatScheme(type="fp32"), model(FloatScheme(type="bf16")), "cpu")
-    nf4 = next(info for info in registry.schemes() if info.name == "nf4").availability("cpu")
+    check(FloatScheme(type="fp32"), model(FloatScheme(type="bf16")), "cpu")
+    nf4 = next(info for info in registry.schemes() if info.name == "nf4").availability(
+        "cpu", gptqmodel=False
+    )
     assert (nf4.can_quantize, nf4.can_serve) == (False, False)
+
+
+@pytest.mark.parametrize("scheme", LATER, ids=lambda scheme: scheme.name)
+def test_other_architectures_need_gptqmodel(scheme: Scheme) -> None:
+    opt = model(FloatScheme(type="bf16"), architecture="OPTForCausalLM")
+    assert registry.provider(scheme, opt) == "gptqmodel"
+    assert registry.provider(scheme, model(FloatScheme(type="bf16"))) == "own"
+    assert registry.provider(RtnScheme(), opt) == "own"
+    registry.check(scheme, opt, "cpu", gptqmodel=True)
+    with pytest.raises(
+        LowbitError, match=r"lowbit-server\[gptqmodel\].*LOWBIT_GPTQMODEL_PYTHON"
+    ) as caught:
+        check(scheme, opt, "cpu")
+    assert caught.value.reason is Reason.SCHEME_UNAVAILABLE
+    assert caught.value.metadata["architecture"] == "OPTForCausalLM"
+    info = next(info for info in registry.schemes() if info.name == scheme.name)
+    assert "LOWBIT_GPTQMODEL_PYTHON" in info.availability("cpu", gptqmodel=False).reason
+    assert "LOWBIT_GPTQMODEL_PYTHON" not in info.availability("cpu", gptqmodel=True).reason
 
 
 def test_quantized_sources_are_refused() -> None:
     with pytest.raises(LowbitError, match="use its parent base") as caught:
-        registry.check(Int8Scheme(), model(Bnb4BitScheme(quant_type="nf4"), "base"), "cpu")
+        check(Int8Scheme(), model(Bnb4BitScheme(quant_type="nf4"), "base"), "cpu")
     assert caught.value.reason is Reason.INVALID_FIELD
     assert caught.value.violations[0].field == "source"
 
 
 def test_scripted_models_are_neither_source_nor_result() -> None:
     with pytest.raises(LowbitError) as caught:
-        registry.check(Int8Scheme(), model(ScriptedScheme()), "cpu")
+        check(Int8Scheme(), model(ScriptedScheme()), "cpu")
     assert caught.value.reason is Reason.INVALID_FIELD
     with pytest.raises(LowbitError) as caught:
-        registry.check(ScriptedScheme(), model(FloatScheme(type="bf16")), "cpu")
+        check(ScriptedScheme(), model(FloatScheme(type="bf16")), "cpu")
     assert caught.value.reason is Reason.INVALID_FIELD
 
 
