@@ -37,7 +37,19 @@ OPT = {
     PYTHON is None,
     reason="LOWBIT_GPTQMODEL_PYTHON names no environment with gptqmodel; `make interop` builds one",
 )
-@pytest.mark.parametrize("scheme", [GptqScheme(sym=True), AwqScheme()], ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        GptqScheme(sym=True),
+        pytest.param(
+            AwqScheme(),
+            marks=pytest.mark.xfail(
+                reason="gptqmodel 7.7 scales OPT's q_proj but not the norm before it", strict=True
+            ),
+        ),
+    ],
+    ids=lambda one: one.name,
+)
 async def test_it_quantizes_other_architectures(scheme: Scheme, tmp_path: Path) -> None:
     store = Store(tmp_path)
     base = store.imported(random_source(tmp_path / "source", **OPT))
@@ -61,6 +73,7 @@ async def test_it_quantizes_other_architectures(scheme: Scheme, tmp_path: Path) 
     assert isinstance(result, Staged), result
     assert max(one.done for one in seen if one.phase == "quantize") == OPT["num_hidden_layers"]
     folder = tmp_path / "staging" / "job"
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     assert config(folder)["quantization_config"]["quant_method"] == scheme.name
     model = place(folder, "cpu")
     layers = [one for one in model.modules() if isinstance(one, GroupedLinear)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import chdir
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,10 @@ def quantize(
 ) -> None:
     """Write the quantized model of a folder to another, as gptqmodel saves it.
 
-    `samples` are token ids, int64 (samples, tokens); `progress` gets the number of decoder
-    layers that are done. Raises LowbitError(SCHEME_UNAVAILABLE) where gptqmodel is missing.
+    Both paths are absolute. `samples` are token ids, int64 (samples, tokens); `progress` gets
+    the number of decoder layers that are done.
+
+    Raises LowbitError(SCHEME_UNAVAILABLE) where gptqmodel is missing.
     """
     if find_spec("gptqmodel") is None:
         message = f"{sys.executable} has no gptqmodel: pip install 'lowbit-server[gptqmodel]' there"
@@ -50,11 +53,13 @@ def quantize(
             if submodule_finalized:
                 progress(layer_idx + 1)
 
-    model = GPTQModel.load(str(source), _config(scheme), device="cpu")
-    model.layer_callback = Progress()
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in samples.tolist()]
-    model.quantize(rows, batch_size=1)
-    model.save(str(result))
+    result.mkdir()
+    with chdir(result):  # it writes logs into whatever folder it runs in
+        model = GPTQModel.load(str(source), _config(scheme), device="cpu")
+        model.layer_callback = Progress()
+        model.quantize(rows, batch_size=1)
+        model.save(str(result))
 
 
 def _config(scheme: GptqScheme | AwqScheme) -> object:
