@@ -66,6 +66,7 @@ class Store:
         self.models = home / "models"
         self.models.mkdir()
         self.progress: list[Progress] = []
+        self.cache_bytes = 1 << 28
 
     def imported(self, path: Path, name: str = "base", kind: FloatType | None = None) -> Path:
         spec = ImportSpec(model=name, path=str(path), type=kind)
@@ -104,7 +105,7 @@ class Store:
             scripted=False,
             reporter=Reporter(self._stream),
             cache=self.models.parent / "cache",
-            cache_bytes=1 << 28,
+            cache_bytes=self.cache_bytes,
         )
 
     def _sealed(self, name: str) -> Path:

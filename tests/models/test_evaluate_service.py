@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +25,6 @@ from tests.models.quantkit import random_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -208,3 +211,70 @@ def test_what_cannot_go_together_is_refused(client: Client, small: str) -> None:
     # A limit on bytes needs no evaluation.
     gate = QualityGate(max_bytes=1 << 30)
     assert not blind(gate=gate, validate_only=True).id
+
+
+def lowbit(server: ServerProcess, *arguments: str) -> str:
+    """Run the command and return what it printed."""
+    command = [str(Path(sys.executable).parent / "lowbit"), "--address", server.address]
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_command_prints_a_table_or_json(server: ServerProcess, small: str) -> None:
+    options = ("--max-tokens", "256", "--window", "64")
+    found = json.loads(lowbit(server, "evaluate", small, *options, "--json"))
+    assert found["tokens"] == 256 - 4
+    names = ["mean_kl", "median_kl", "p99_kl", "max_kl", "top1_agreement", "peak_memory_bytes"]
+    both = ["perplexity", "disk_bytes", "live_bytes"]
+    both += ["prefill_tokens_per_second", "decode_tokens_per_second"]
+    for name in (*names, *both, *(f"base_{one}" for one in both)):
+        assert isinstance(found[name], int | float), name
+        assert found[name] > 0, name
+    (server.home.parent / "text.txt").write_text("Other words to be held out. " * 20)
+    text = ("--against", "other", "--text", str(server.home.parent / "text.txt"))
+    table = lowbit(server, "evaluate", small, *text)
+    for words in ("perplexity", "KL p99", "decode tok/s", small, "other", "tokens on cpu"):
+        assert words in table
+
+
+def test_compared_models_share_base_and_text(
+    client: Client, server: ServerProcess, small: str, tmp_path: Path
+) -> None:
+    client.wait_job(client.evaluate(small, evaluation=inline("short text " * 20)).id)
+    client.wait_job(client.quantize("base", "eight", scheme("rtn", bits=8)).id)
+    client.wait_job(client.quantize("base", "blind", "bf16", skip_evaluation=True).id)
+    picture = tmp_path / "out.png"
+    names = ("base", "eight", small, "blind")
+    found = json.loads(lowbit(server, "compare", *names, "--json", "--plot", str(picture)))
+    rows = {row["model"]: row for row in found["models"]}
+    assert found["base"] == "base"
+    assert list(rows) == list(names)
+    assert len({(row["text_digest"], row["base"], row["device"]) for row in rows.values()}) == 1
+    assert rows["base"]["mean_kl"] == 0
+    assert rows["base"]["perplexity"] == rows[small]["base_perplexity"]
+    assert 0 < rows["eight"]["mean_kl"] < rows[small]["mean_kl"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    # All have reports that can be compared now: nothing is measured again.
+    before = len(list(client.jobs()))
+    table = lowbit(server, "compare", *names)
+    assert len(list(client.jobs())) == before
+    assert [line.split()[0] for line in table.splitlines()] == ["MODEL", *names]
+    for name in ("eight", "blind"):
+        client.delete_model(name)
+
+
+def test_the_example_measures(server: ServerProcess, small: str) -> None:
+    example = Path(__file__).parents[2] / "examples" / "evaluate.py"
+    done = subprocess.run(
+        [sys.executable, str(example), small, "base"],
+        env=os.environ | {"LOWBIT_ADDRESS": server.address},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert f"{small} against base: perplexity " in done.stdout
+    assert "tokens/s" in done.stdout

@@ -39,11 +39,10 @@ _MAX_LOGIT_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model's folder, which need not be published, and what a manifest says of it."""
+    """A model's folder, which need not be published yet, and its manifest."""
 
     folder: Path
-    disk_bytes: int
-    context_tokens: int
+    manifest: Manifest
 
 
 def evaluate_model(spec: EvaluateSpec, context: Context) -> Measured:
@@ -51,20 +50,18 @@ def evaluate_model(spec: EvaluateSpec, context: Context) -> Measured:
 
     Raises LowbitError: MODEL_NOT_FOUND, those of `evaluation_text` and of `measure`.
     """
-    folder = context.models / spec.model
-    own = read_manifest(folder, spec.model)
-    base = read_manifest(context.models / spec.against, spec.against)
-    subject = Subject(folder, own.disk_bytes, own.context_tokens)
-    text = evaluation_text(spec.evaluation)
-    windows = cut_text(text, context.models / base.name, spec.evaluation)
-    quality = measure(subject, base, windows, spec.device, context)
-    return Measured(quality=quality)
+    own, base = (
+        Subject(folder, read_manifest(folder, folder.name))
+        for folder in (context.models / spec.model, context.models / spec.against)
+    )
+    windows = cut_text(evaluation_text(spec.evaluation), base.folder, spec.evaluation)
+    return Measured(quality=measure(own, base, windows, spec.device, context))
 
 
 def measure(
-    subject: Subject, base: Manifest, windows: Windows, device: str, context: Context
+    own: Subject, base: Subject, windows: Windows, device: str, context: Context
 ) -> Quality:
-    """Return quality, size and speed of a model beside those of `base`, of the store.
+    """Return quality, size and speed of a model beside those of another.
 
     What the base says of the text comes from the cache, or is computed and put there
     before the model is loaded, so that only one of them is in memory. Where the cache may
@@ -73,25 +70,24 @@ def measure(
     Raises LowbitError: SOURCE_UNSUPPORTED for a model that a worker cannot run,
     INVALID_FIELD for windows that pass the context, DISK_FULL.
     """
-    source = Subject(context.models / base.name, base.disk_bytes, base.context_tokens)
-    cached = _cached(source, base, windows, device, context)
+    cached = _cached(base, windows, device, context)
     context.reporter.phase("evaluate", len(windows.ids))
-    theirs = cached or _Live(source, windows, device)
-    ours = _Live(subject, windows, device)
+    theirs = cached or _Live(base, windows, device)
+    ours = _Live(own, windows, device)
     divergence = Divergence()
     pairs = zip(ours.logits(context.reporter.progress), theirs.logits(), strict=True)
-    for (own, said), targets in zip(pairs, _targets(windows), strict=True):
-        divergence.add(said.to(own.device), own, targets)
+    for (logits, said), targets in zip(pairs, _targets(windows), strict=True):
+        divergence.add(said.to(logits.device), logits, targets)
     base_figures, figures = theirs.figures(), ours.figures()
     return Quality(
         text_digest=windows.digest,
         tokens=windows.predicted_tokens,
         **divergence.figures(),
-        base=base.name,
-        base_revision=base.revision,
+        base=base.manifest.name,
+        base_revision=base.manifest.revision,
         device=device,
-        disk_bytes=subject.disk_bytes,
-        base_disk_bytes=base.disk_bytes,
+        disk_bytes=own.manifest.disk_bytes,
+        base_disk_bytes=base.manifest.disk_bytes,
         peak_memory_bytes=peak_memory_bytes(),
         **figures.model_dump(),
         **{f"base_{name}": value for name, value in base_figures.model_dump().items()},
@@ -117,18 +113,16 @@ def _targets(windows: Windows) -> Iterator[Sequence[int]]:
             yield window[start : start + CHUNK_TOKENS]
 
 
-def _cached(
-    source: Subject, base: Manifest, windows: Windows, device: str, context: Context
-) -> Entry | None:
+def _cached(base: Subject, windows: Windows, device: str, context: Context) -> Entry | None:
     """Return what the base says of the text, computed now if need be; None if not kept."""
     cache = BaseCache(context.cache / "evaluations", context.cache_bytes)
-    key = key_of(base.revision, windows.digest, _surroundings(device))
+    key = key_of(base.manifest.revision, windows.digest, _surroundings(device))
     if (entry := cache.find(key)) is not None:
         return entry
-    if not cache.takes(windows.predicted_tokens * base.vocab_size * _MAX_LOGIT_BYTES):
+    if not cache.takes(windows.predicted_tokens * base.manifest.vocab_size * _MAX_LOGIT_BYTES):
         return None
     context.reporter.phase("evaluate", len(windows.ids))
-    live = _Live(source, windows, device)
+    live = _Live(base, windows, device)
     cache.add(key, live.logits(context.reporter.progress), live.figures)
     del live
     gc.collect()
@@ -154,13 +148,13 @@ class _Live:
         self._windows = windows
         self._module = place(subject.folder, device)
         try:
-            self._decoder = TransformersModel(self._module, subject.context_tokens)
+            self._decoder = TransformersModel(self._module, subject.manifest.context_tokens)
         except UnsupportedModelError as error:
             message = f"what a worker cannot run cannot be measured: {error}"
             raise LowbitError(Reason.SOURCE_UNSUPPORTED, message) from error
         context_tokens = self._decoder.spec.context_tokens
         if max(map(len, windows.ids)) > context_tokens:
-            reason = f"{subject.folder.name} runs in a context of {context_tokens} tokens"
+            reason = f"{subject.manifest.name} runs in a context of {context_tokens} tokens"
             raise invalid("evaluation.window_tokens", reason)
 
     def logits(self, progress: Callable[[int], None] = lambda _: None) -> Iterator[Tensor]:

@@ -72,14 +72,13 @@ def quantize_model(spec: QuantizeSpec, context: Context) -> None:
     _describe_weights(source, staging, quantization, kept)
     _copy_rest(source, staging, parent)
     files = seal_files(staging)
-    disk_bytes = sum(file.bytes for file in files)
     quality = None
     if spec.evaluation is not None:
-        made = Subject(staging, disk_bytes, parent.context_tokens)
+        made = Subject(staging, parent.model_copy(update={"files": files}))
         windows = cut_text(held_out, source, spec.evaluation)
-        quality = measure(made, parent, windows, spec.device, context)
+        quality = measure(made, Subject(source, parent), windows, spec.device, context)
     if spec.gate is not None and not spec.gate.keep_artifact:
-        gate.check(spec.gate, quality, disk_bytes)
+        gate.check(spec.gate, quality, sum(file.bytes for file in files))
     write_quantized_manifest(staging, spec, parent, files, quality, digest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
@@ -320,6 +321,19 @@ def test_no_wait_prints_the_job_and_no_evaluation_measures_nothing(
     assert not request.HasField("evaluation")
 
 
+def test_a_picture_without_matplotlib_says_what_to_install(
+    server: FakeServer, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "lowbit.cli.plot", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = run("compare", "a", "b", "--plot", "out.png")
+    assert (code, out) == (2, "")
+    assert "pip install 'lowbit[plot]'" in err
+    assert server.seen == []  # it is said before anything is measured
+
+
 def test_a_dry_run_starts_nothing(server: FakeServer, run: Run) -> None:
     server.on["Quantize"] = lambda *_: quantization.QuantizeResponse(job=Job())
     code, out, _ = run("quantize", "a", "m", "--scheme", "int8", "--dry-run")
@@ -390,7 +404,8 @@ def test_help_names_every_command(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
     for name in (
-        *("import", "quantize", "estimate", "load", "unload", "generate", "models", "jobs"),
+        *("import", "quantize", "estimate", "evaluate", "compare", "load", "unload", "generate"),
+        *("models", "jobs"),
         *("devices", "info", "schemes", "demo"),
     ):
         assert f" {name} " in out

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowbit.cli import demo, generate, jobs, models, quantize, runtime
+from lowbit.cli import demo, evaluate, generate, jobs, models, quantize, runtime
 from lowbit.cli.server import DemoError
 from lowbit.errors import LowbitError
 from lowbit.options import ADDRESS_VARIABLE, DEFAULT_ADDRESS
@@ -25,6 +25,8 @@ app = typer.Typer(
 app.command("import")(models.import_)
 app.command("quantize")(quantize.quantize)
 app.command("estimate")(quantize.estimate)
+app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(evaluate.compare)
 app.command("load")(models.load)
 app.command("unload")(models.unload)
 app.command("generate")(generate.generate)
