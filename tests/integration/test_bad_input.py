@@ -412,14 +412,6 @@ def test_a_scheme_that_there_is_not(
     assert nothing_was_started(service, "smaller")
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq"])
-def test_a_scheme_that_is_not_available_here(service: Any, tiny: str, name: str) -> None:
-    with service.refused(StatusCode.FAILED_PRECONDITION, "SCHEME_UNAVAILABLE") as refusal:
-        quantize(service, tiny, scheme(name))
-    assert refusal.error.metadata["scheme"] == name
-    assert refusal.error.metadata["device"] == "cpu"
-
-
 def test_quantizing_onto_a_name_that_exists(service: Any, tiny: str, echo: str) -> None:
     for target in (tiny, echo):
         with service.refused(StatusCode.ALREADY_EXISTS, "MODEL_EXISTS") as refusal:

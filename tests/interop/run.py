@@ -28,7 +28,7 @@ from lowbit_server.quant.awq_packing import AwqLinear, quantization_config
 from lowbit_server.quant.dynamic import overrides
 from lowbit_server.quant.foreign import grouped_bits
 from lowbit_server.quant.packing import PackedLinear
-from lowbit_server.quant.registry import is_calibrated, schemes
+from lowbit_server.quant.registry import is_calibrated
 from lowbit_server.quant.schemes import (
     AwqScheme,
     Bnb4BitScheme,
@@ -83,14 +83,12 @@ class Row:
 
 def artefacts(store: Store) -> dict[str, Path]:
     """Make an artefact of each scheme that has a method, and two by rounding."""
-    built = {info.name for info in schemes() if info.built}
     made = {}
     for name, scheme in SCHEMES.items():
-        if scheme.name in built:
-            calibration = None
-            if is_calibrated(scheme):
-                calibration = CalibrationSpec(samples=16, sequence_tokens=256)
-            made[name] = store.quantized(scheme, name, calibration=calibration)
+        calibration = None
+        if is_calibrated(scheme):
+            calibration = CalibrationSpec(samples=16, sequence_tokens=256)
+        made[name] = store.quantized(scheme, name, calibration=calibration)
     base = store.models / "base"
 
     def awq(_: str, weight: torch.Tensor) -> AwqLinear:

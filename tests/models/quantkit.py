@@ -43,6 +43,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
     "llama-untied": {"model_type": "llama", "tie_word_embeddings": False},
     "qwen2-biases": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3-head-norms": {"model_type": "qwen3", "tie_word_embeddings": False, "head_dim": 32},
+    "mistral-window": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": 8},
+    "smollm3-partly-rotary": {
+        "model_type": "smollm3",
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+    },
 }
 
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowbit_server.errors import LowbitError, Reason
+from lowbit_server.quant.awq import AwqMethod
 from lowbit_server.quant.bnb4bit import Bnb4BitMethod
+from lowbit_server.quant.gptq import GptqMethod
 from lowbit_server.quant.int8 import Int8Method
 from lowbit_server.quant.method import Stateless
 from lowbit_server.quant.rtn import RtnMethod
-from lowbit_server.quant.schemes import Bnb4BitScheme, FloatScheme, Int8Scheme, RtnScheme
+from lowbit_server.quant.schemes import (
+    AwqScheme,
+    Bnb4BitScheme,
+    FloatScheme,
+    GptqScheme,
+    Int8Scheme,
+    RtnScheme,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +49,7 @@ class FloatMethod(Stateless):
         """Return nothing: floating-point weights need no words."""
 
 
-def method(scheme: Scheme, device: str, source: Path, samples: Samples | None) -> Method:  # noqa: ARG001
+def method(scheme: Scheme, device: str, source: Path, samples: Samples | None) -> Method:
     """Return the method of a scheme; raises SCHEME_UNAVAILABLE.
 
     `source` is the folder of the model; calibrated methods see `samples` of its tokens.
@@ -54,4 +63,8 @@ def method(scheme: Scheme, device: str, source: Path, samples: Samples | None) -
             return Bnb4BitMethod(scheme, device)
         case RtnScheme():
             return RtnMethod(scheme, device)
+        case GptqScheme() if samples:
+            return GptqMethod(scheme, source, samples, device)
+        case AwqScheme() if samples:
+            return AwqMethod(scheme, source, samples, device)
     raise LowbitError(Reason.SCHEME_UNAVAILABLE, f"{scheme.name} has no method in this version")

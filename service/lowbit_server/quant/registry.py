@@ -34,8 +34,6 @@ class SchemeInfo:
     calibrated: bool = False
     packages: tuple[str, ...] = ()
     """Packages that quantizing and serving import."""
-    built: bool = True
-    """Whether this version has a method for it."""
 
     def availability(self, device: str, *, gptqmodel: bool) -> Availability:
         """Return whether models can be quantized with it and served on a device here.
@@ -43,9 +41,6 @@ class SchemeInfo:
         `gptqmodel` says whether there is an environment with that library.
         """
         others = "" if gptqmodel or not self.calibrated else _OTHERS
-        if not self.built:
-            reason = f"quantizing with {self.name} is not available in this version; {others}"
-            return Availability(can_quantize=gptqmodel, can_serve=True, reason=reason.rstrip("; "))
         missing = [package for package in self.packages if find_spec(package) is None]
         if missing:
             reason = f"{self.name} on {device} needs: pip install {' '.join(missing)}"
@@ -54,13 +49,13 @@ class SchemeInfo:
 
 
 OWN_ARCHITECTURES = frozenset(
-    f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
+    f"{family}ForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 )
 """What our own GPTQ and AWQ know; they follow the activations through each layer."""
 _OTHERS = (
-    "architectures other than Llama, Mistral, Qwen2 and Qwen3 need gptqmodel: pip install "
-    "'lowbit-server[gptqmodel]' in an environment of its own, and set LOWBIT_GPTQMODEL_PYTHON to "
-    "that environment's Python"
+    "architectures other than Llama, Mistral, Qwen2, Qwen3 and SmolLM3 need gptqmodel: "
+    "pip install 'lowbit-server[gptqmodel]' in an environment of its own, and set "
+    "LOWBIT_GPTQMODEL_PYTHON to that environment's Python"
 )
 _BITSANDBYTES = ("bitsandbytes", "accelerate")
 # One 8-bit scale for 64 weights and one 32-bit scale for 256 of those (QLoRA, section 3).
@@ -92,14 +87,12 @@ _SCHEMES = (
         "GPTQ: second-order rounding (Frantar et al. 2023)",
         _GROUPED_4BIT_BITS,
         calibrated=True,
-        built=False,
     ),
     SchemeInfo(
         "awq",
         "AWQ: activation-aware scaling (Lin et al. 2024)",
         _GROUPED_4BIT_BITS,
         calibrated=True,
-        built=False,
     ),
     SchemeInfo("rtn", "round to nearest in the GPTQ layout", _GROUPED_4BIT_BITS),
 )

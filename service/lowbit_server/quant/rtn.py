@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from lowbit_server.quant.layout import Block, Linear
-    from lowbit_server.quant.schemes import RtnScheme
+    from lowbit_server.quant.schemes import GptqScheme, RtnScheme
 
 
 class RtnMethod(Stateless):
@@ -32,17 +32,7 @@ class RtnMethod(Stateless):
 
     def check(self, linears: Sequence[Linear]) -> None:
         """Raise INVALID_FIELD that names a layer whose shape the layout cannot take."""
-        # Groups of every size there is hold whole words.
-        columns = max(self._scheme.group_size, WORD_BITS)
-        for linear in linears:
-            if linear.in_features % columns or linear.out_features % WORD_BITS:
-                shape = f"{linear.out_features} x {linear.in_features}"
-                raise invalid(
-                    "scheme",
-                    f"{self._scheme.name} with groups of {self._scheme.group_size} needs rows in "
-                    f"multiples of {WORD_BITS} and columns in multiples of {columns}; "
-                    f"layer {linear.name} has {shape}",
-                )
+        check_shapes(self._scheme, linears)
 
     def convert(
         self, block: Block, read: Callable[[str], torch.Tensor]
@@ -62,19 +52,7 @@ class RtnMethod(Stateless):
 
     def quantization_config(self) -> dict[str, Any]:
         """Return what config.json says about it; to all readers it is a GPTQ checkpoint."""
-        return {
-            "quant_method": "gptq",
-            "checkpoint_format": "gptq",
-            "bits": self._scheme.bits,
-            "group_size": self._scheme.group_size,
-            "sym": self._scheme.sym,
-            "desc_act": False,
-            # Where gptqmodel names itself, too; `quant.foreign` knows the method by it.
-            "meta": {
-                "quantizer": [f"lowbit-server:{version('lowbit-server')}"],
-                "method": self._scheme.name,
-            },
-        }
+        return quantization_config(self._scheme)
 
     def _quantize(self, name: str, weight: torch.Tensor) -> PackedLinear:
         """Quantize a weight (out, in)."""
@@ -91,16 +69,62 @@ class RtnMethod(Stateless):
         return PackedLinear.of(bits, codes.reshape(-1, len(weight)), zeros, scales)
 
 
+def quantization_config(scheme: RtnScheme | GptqScheme) -> dict[str, Any]:
+    """Return what config.json says about a checkpoint in the GPTQ layout.
+
+    Groups are runs of neighbouring columns in any order of rounding: to readers, none is
+    reordered (`desc_act`).
+    """
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": scheme.sym,
+        "desc_act": False,
+        # Where gptqmodel names itself, too; `quant.foreign` knows the method by it.
+        "meta": {
+            "quantizer": [f"lowbit-server:{version('lowbit-server')}"],
+            "method": scheme.name,
+        },
+    }
+
+
+def check_shapes(scheme: RtnScheme | GptqScheme, linears: Sequence[Linear]) -> None:
+    """Raise INVALID_FIELD that names a layer whose shape the GPTQ layout cannot take."""
+    # Groups of every size there is hold whole words.
+    columns = max(scheme.group_size, WORD_BITS)
+    for linear in linears:
+        if linear.in_features % columns or linear.out_features % WORD_BITS:
+            shape = f"{linear.out_features} x {linear.in_features}"
+            raise invalid(
+                "scheme",
+                f"{scheme.name} with groups of {scheme.group_size} needs rows in "
+                f"multiples of {WORD_BITS} and columns in multiples of {columns}; "
+                f"layer {linear.name} has {shape}",
+            )
+
+
 def grid(parts: torch.Tensor, bits: int, *, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales fp16 and zero points int32 (groups, out) of weights (groups, size, out).
 
-    The grid reaches to half a step of every weight. Scales round up for that, as one that
-    rounds down would leave the outermost weights outside. Zero points begin at 1 (see
-    `PackedLinear.of`), so the scale also spans from zero to the largest weight without the
-    grid's lowest point.
+    The grid reaches to half a step of every weight.
+    """
+    return between(parts.amin(dim=1), parts.amax(dim=1), bits, sym=sym)
+
+
+def between(
+    low: torch.Tensor, high: torch.Tensor, bits: int, *, sym: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales fp16 and zero points int32 of grids from `low` to `high`, all (groups, out).
+
+    Zero is on every grid, and its ends are no further than half a step within. Scales round
+    up for that, as one that rounds down would leave the outermost weights outside. Zero
+    points begin at 1 (see `PackedLinear.of`), so the scale also spans from zero to the
+    largest weight without the grid's lowest point.
     """
     last = 2**bits - 1
-    low, high = parts.amin(dim=1).clamp(max=0), parts.amax(dim=1).clamp(min=0)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     if sym:
         high = torch.maximum(high, -low)
         low = -high

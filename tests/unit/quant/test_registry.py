@@ -33,8 +33,9 @@ USABLE: list[Scheme] = [
     Bnb4BitScheme(quant_type="nf4"),
     Bnb4BitScheme(quant_type="fp4"),
     RtnScheme(),
+    GptqScheme(),
+    AwqScheme(),
 ]
-LATER: list[Scheme] = [GptqScheme(), AwqScheme()]
 
 
 check = partial(registry.check, gptqmodel=False)
@@ -61,20 +62,13 @@ def model(scheme: Scheme, parent: str = "", architecture: str = "LlamaForCausalL
 
 def test_every_scheme_is_listed_once() -> None:
     names = [info.name for info in registry.schemes()]
-    assert sorted(names) == sorted(scheme.name for scheme in (*USABLE, *LATER))
+    assert sorted(names) == sorted(scheme.name for scheme in USABLE)
 
 
 @pytest.mark.parametrize("scheme", USABLE, ids=lambda scheme: scheme.name)
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_usable_schemes_pass(scheme: Scheme, device: str) -> None:
     check(scheme, model(FloatScheme(type="bf16")), device)
-
-
-@pytest.mark.parametrize("scheme", LATER, ids=lambda scheme: scheme.name)
-def test_later_schemes_are_unavailable(scheme: Scheme) -> None:
-    with pytest.raises(LowbitError, match=scheme.name) as caught:
-        check(scheme, model(FloatScheme(type="bf16")), "cpu")
-    assert caught.value.reason is Reason.SCHEME_UNAVAILABLE
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +88,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (nf4.can_quantize, nf4.can_serve) == (False, False)
 
 
-@pytest.mark.parametrize("scheme", LATER, ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", [GptqScheme(), AwqScheme()], ids=lambda scheme: scheme.name)
 def test_other_architectures_need_gptqmodel(scheme: Scheme) -> None:
     opt = model(FloatScheme(type="bf16"), architecture="OPTForCausalLM")
     assert registry.provider(scheme, opt) == "gptqmodel"
