@@ -4,7 +4,8 @@
 
 The schema of the validation rules is read from the installed protovalidate
 package. The stubs keep the rules as option bytes, where the server's validator
-finds them, but do not import that package: SDKs stay light (docs/adr/0002).
+finds them, but do not import that package: SDKs stay light (docs/adr/0002). The
+schema of the conformance scenarios is in the image only; its runner reads it as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from grpc_tools import protoc
 
 PROTO = Path(__file__).parent
 RULES = "buf/validate/validate.proto"
+NO_STUBS = "lowbit/conformance/"
 
 
 def rules_descriptor() -> bytes:
@@ -82,7 +84,8 @@ def main() -> None:
         plugins = [
             f"--plugin=protoc-gen-{kind}={bin_}/protoc-gen-{kind}" for kind in ("mypy", "mypy_grpc")
         ]
-        run(f"--descriptor_set_in={image}", *plugins, *out, *files)
+        stubs = [name for name in files if not name.startswith(NO_STUBS)]
+        run(f"--descriptor_set_in={image}", *plugins, *out, *stubs)
 
 
 if __name__ == "__main__":

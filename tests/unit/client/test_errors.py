@@ -47,6 +47,7 @@ REASONS = {
     "NOT_IMPLEMENTED": (Code.UNIMPLEMENTED, lowbit.NotImplementedByServerError),
     "INTERNAL": (Code.INTERNAL, lowbit.InternalError),
     "ARTIFACT_CORRUPT": (Code.DATA_LOSS, lowbit.DataLossError),
+    "UNAUTHENTICATED": (Code.UNAUTHENTICATED, lowbit.UnauthenticatedError),
 }
 
 

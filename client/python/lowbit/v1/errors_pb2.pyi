@@ -88,6 +88,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the job's checkpoint was made from other inputs; the message names what differs."""
     ERROR_REASON_JOB_NOT_RESUMABLE: _ErrorReason.ValueType  # 32
     """FAILED_PRECONDITION: the job cannot be resumed: it has not ended, it ended well or it would fail again."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 33
+    """UNAUTHENTICATED: the call has no bearer token, or one that the server does not know."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or a job failed. Every error status carries a google.rpc.ErrorInfo
@@ -161,4 +163,6 @@ ERROR_REASON_CHECKPOINT_MISMATCH: ErrorReason.ValueType  # 31
 """FAILED_PRECONDITION: the job's checkpoint was made from other inputs; the message names what differs."""
 ERROR_REASON_JOB_NOT_RESUMABLE: ErrorReason.ValueType  # 32
 """FAILED_PRECONDITION: the job cannot be resumed: it has not ended, it ended well or it would fail again."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 33
+"""UNAUTHENTICATED: the call has no bearer token, or one that the server does not know."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
