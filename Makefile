@@ -6,12 +6,13 @@ BIN := .venv/bin
 READY := .venv/.ready
 STUBS := client/python
 GENERATED := build/generated
+LIGHT := build/light.binpb
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint proto generate checkgenerate unit bench interop lock clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Import a model, quantize it, load it, stream from it, measure it
 	@$(BIN)/lowbit demo $(DEMO_FLAGS)
@@ -41,6 +42,16 @@ checkgenerate: $(READY) ## Fail when committed generated code is stale
 	@cd $(GENERATED) && find . -name '*_pb2*' | while read -r file; do \
 		cmp "$$file" "../../$(STUBS)/$$file" || exit 1; done
 	$(BIN)/python client/python/unasync.py --check
+
+# The schema without its validation rules, which other languages' stubs are made from.
+$(LIGHT): $(READY) $(shell find proto -name '*.proto') proto/generate.py
+	@mkdir -p build
+	$(BIN)/python proto/generate.py $(GENERATED) --light $@
+
+# $(call missing,PROGRAM) is the recipe of what a missing PROGRAM skips; in CI it fails.
+missing = @echo "skipped $@: $(1) is not installed" >&2; test "$$CI" != true
+
+include $(wildcard client/*/client.mk)
 
 unit: $(READY) ## Run the tests
 	$(BIN)/python -m pytest

@@ -1,6 +1,9 @@
-"""Generate the Python stubs and the descriptor image that buf checks.
+"""Generate the Python stubs and the descriptor images for other tools.
 
-    python proto/generate.py OUT_DIR [--image FILE] [--proto DIR]
+    python proto/generate.py OUT_DIR [--image FILE] [--light FILE] [--proto DIR]
+
+buf checks the full image. The light one has no import of the validation rules and is
+what the other languages' plugins generate from (protoc's --descriptor_set_in).
 
 The schema of the validation rules is read from the installed protovalidate
 package. The stubs keep the rules as option bytes, where the server's validator
@@ -50,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--image", type=Path, help="write the full descriptor image here")
+    parser.add_argument("--light", type=Path, help="write the image without rules here")
     parser.add_argument("--proto", type=Path, default=PROTO, help="read the schema from here")
     args = parser.parse_args()
     files = sorted(
@@ -71,11 +75,13 @@ def main() -> None:
         descriptors = FileDescriptorSet.FromString(image.read_bytes())
         if args.image:
             args.image.write_bytes(image.read_bytes())
-        for file in descriptors.file:
-            kept = [name for name in file.dependency if name != RULES]
-            del file.dependency[:]
-            file.dependency.extend(kept)
-        image.write_bytes(descriptors.SerializeToString())
+        light = FileDescriptorSet(file=[file for file in descriptors.file if file.name != RULES])
+        for file in light.file:
+            if RULES in file.dependency:
+                file.dependency.remove(RULES)
+        image.write_bytes(light.SerializeToString())
+        if args.light:
+            args.light.write_bytes(image.read_bytes())
         args.out.mkdir(parents=True, exist_ok=True)
         out = [
             f"--{kind}_out={args.out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")
