@@ -9,7 +9,7 @@ GENERATED := build/generated
 LIGHT := build/light.binpb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint proto generate checkgenerate unit bench interop lock clean
+.PHONY: help demo test lint proto generate checkgenerate unit conformance bench interop lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ include $(wildcard client/*/client.mk)
 
 unit: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
+
+conformance: $(READY) ## Play one suite of scenarios against the SDK of every language
+	$(BIN)/python -m tests.conformance.run $(CONFORMANCE_FLAGS)
 
 bench: $(READY) ## Measure what the server adds to a scripted engine
 	$(BIN)/python benchmarks/rpc.py
