@@ -1,0 +1,167 @@
+package lowbit
+
+import (
+	"context"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+)
+
+// Whether a call that may have reached the server can be made again.
+const (
+	once  = false
+	again = true
+)
+
+// call makes a call with one answer, within call_timeout.
+func call[Q proto.Message, R any](
+	ctx context.Context, c *Client, again bool,
+	rpc func(context.Context, Q, ...grpc.CallOption) (R, error), request Q,
+) (R, error) {
+	return callFor(ctx, c, c.options.callTimeout, again, rpc, request)
+}
+
+func callFor[Q proto.Message, R any](
+	ctx context.Context, c *Client, timeout time.Duration, again bool,
+	rpc func(context.Context, Q, ...grpc.CallOption) (R, error), request Q,
+) (R, error) {
+	ctx, cancel := c.bind(ctx, timeout)
+	defer cancel()
+	for tries := (tries{client: c, again: again}); ; {
+		var to peer.Peer
+		response, err := rpc(c.outgoing(ctx), request, grpc.Peer(&to))
+		if err == nil {
+			c.budget.refund()
+			return response, nil
+		}
+		if e := tries.next(ctx, failure(ctx, err, requestID(request)), to.Addr != nil); e != nil {
+			return response, e
+		}
+	}
+}
+
+// bind returns a context that ends with the client too, and after timeout where neither it is
+// 0 nor the context has a deadline.
+func (c *Client) bind(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
+	var cancel context.CancelFunc
+	if _, ok := ctx.Deadline(); !ok && timeout > 0 {
+		ctx, cancel = context.WithTimeout(ctx, timeout)
+	} else {
+		ctx, cancel = context.WithCancel(ctx)
+	}
+	stop := context.AfterFunc(c.closed, cancel)
+	return ctx, func() { stop(); cancel() }
+}
+
+// outgoing adds the metadata of one try.
+func (c *Client) outgoing(ctx context.Context) context.Context {
+	if c.options.token != "" {
+		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+c.options.token)
+	}
+	if c.options.traceparent != nil {
+		if value := c.options.traceparent(ctx); value != "" {
+			ctx = metadata.AppendToOutgoingContext(ctx, "traceparent", value)
+		}
+	}
+	return ctx
+}
+
+func requestID(request proto.Message) string {
+	if named, ok := request.(interface{ GetRequestId() string }); ok {
+		return named.GetRequestId()
+	}
+	return ""
+}
+
+// tries are the tries of one call.
+type tries struct {
+	client *Client
+	again  bool
+	made   int       // failed ones; of a resumed stream, those since its last message
+	giveUp time.Time // of a broken stream
+}
+
+// next waits before the next try, or returns the failure to give where there is to be none.
+// A call that reached no server is safe to make again.
+func (t *tries) next(ctx context.Context, e *Error, reached bool) *Error {
+	safe := e.RetryAfter != nil || e.Code == codes.Unavailable && (t.again || !reached)
+	t.made++
+	delay := t.delay(e)
+	end, bounded := ctx.Deadline()
+	if !safe || t.made >= t.client.options.maxAttempts || bounded && time.Until(end) <= delay || !t.client.budget.spend() {
+		return e
+	}
+	return sleep(ctx, delay, e)
+}
+
+// resume does the same for a stream that had messages and broke.
+func (t *tries) resume(ctx context.Context, e *Error) *Error {
+	broken := e.Code == codes.Unavailable && (e.Reason == "" || e.Reason == "SHUTTING_DOWN")
+	if !broken && (t.giveUp.IsZero() || e.RetryAfter == nil) {
+		return e
+	}
+	if t.giveUp.IsZero() {
+		t.giveUp, t.made = time.Now().Add(t.client.options.resumeTimeout), 0
+	}
+	t.made++
+	delay := t.delay(e)
+	if time.Until(t.giveUp) <= delay {
+		return e
+	}
+	return sleep(ctx, delay, e)
+}
+
+// resumed notes a message of the stream.
+func (t *tries) resumed() { t.giveUp = time.Time{} }
+
+// delay is what the server asked for and up to a tenth more, or else a random part of the
+// backoff, not below its half.
+func (t *tries) delay(e *Error) time.Duration {
+	if e.RetryAfter != nil {
+		return time.Duration(float64(*e.RetryAfter) * (1 + 0.1*rand.Float64()))
+	}
+	bound := t.client.options.firstBackoff << min(t.made-1, 20)
+	return time.Duration(float64(min(bound, t.client.options.maxBackoff)) * (0.5 + 0.5*rand.Float64()))
+}
+
+// sleep waits, or returns the failure of a context that ended meanwhile.
+func sleep(ctx context.Context, delay time.Duration, e *Error) *Error {
+	timer := time.NewTimer(delay)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return failure(ctx, status.FromContextError(ctx.Err()).Err(), e.RequestID)
+	}
+}
+
+// budget holds the retries that a client has left.
+type budget struct {
+	mutex      sync.Mutex
+	size, left float64
+}
+
+func (b *budget) spend() bool {
+	b.mutex.Lock()
+	defer b.mutex.Unlock()
+	if b.left < 1 {
+		return false
+	}
+	b.left--
+	return true
+}
+
+// refund gives back a tenth of a retry after a success.
+func (b *budget) refund() {
+	b.mutex.Lock()
+	defer b.mutex.Unlock()
+	b.left = min(b.size, b.left+0.1)
+}
