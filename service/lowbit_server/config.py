@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -30,6 +31,7 @@ CLIENT_VARIABLES = frozenset({"LOWBIT_ADDRESS"})
 _DEVICE = re.compile(r"cpu|cuda:\d{1,3}")
 _LISTEN = re.compile(r"(?:[^:\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 _PORTS = 65536
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1
 
 
 class ConfigError(Exception):
@@ -51,6 +53,14 @@ class Config(BaseSettings):
     """Folder of the store: models, staging, database, worker sockets."""
     listen: str = "127.0.0.1:50151"
     """HOST:PORT of the public API; port 0 takes a free one and writes it to HOME/address."""
+    tls_certificate: Path | None = None
+    """Certificate of the server with its chain, PEM; None serves without TLS."""
+    tls_key: Path | None = None
+    """Its private key, PEM."""
+    tls_client_ca: Path | None = None
+    """Authority that signs certificates of clients, PEM; None asks clients for none."""
+    tokens_file: Path | None = None
+    """Bearer tokens that are accepted, one a line; None asks for none."""
     devices: Annotated[tuple[str, ...], NoDecode] = ("cpu",)
     """Devices, one pool each: "cpu" or "cuda:N"."""
     workers_per_device: int = Field(default=1, ge=1, le=64)
@@ -137,6 +147,36 @@ class Config(BaseSettings):
                 raise ValueError(message)
         return roots
 
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            message = "tls_certificate and tls_key go together"
+            raise ValueError(message)
+        if self.tls_client_ca and not self.tls_certificate:
+            message = "tls_client_ca needs tls_certificate and tls_key"
+            raise ValueError(message)
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            if self.tls_certificate:
+                context.load_cert_chain(self.tls_certificate, self.tls_key)
+            if self.tls_client_ca:
+                context.load_verify_locations(self.tls_client_ca)
+        except OSError as error:  # ssl's own error is one of these
+            message = f"the files of tls_… cannot be used together: {error}"
+            raise ValueError(message) from error
+        return self
+
+    @field_validator("tokens_file")
+    @classmethod
+    def _check_tokens(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            try:
+                read_tokens(value)
+            except OSError as error:
+                message = f"{value} cannot be read: {error.strerror}"
+                raise ValueError(message) from error
+        return value
+
     @field_validator("gptqmodel_python")
     @classmethod
     def _check_python(cls, value: Path | None) -> Path | None:
@@ -157,6 +197,23 @@ class Config(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Order the sources: flags, then variables, then the file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def read_tokens(file: Path) -> tuple[str, ...]:
+    """Return the bearer tokens of a file: one a line, empty lines and # comments left out.
+
+    Raises ValueError for a file without any, and for a token that no header can carry.
+    """
+    lines = (line.strip() for line in file.read_text().splitlines())
+    tokens = tuple(line for line in lines if line and not line.startswith("#"))
+    if not tokens:
+        message = f"{file} holds no token"
+        raise ValueError(message)
+    for number, token in enumerate(tokens, start=1):
+        if _TOKEN.fullmatch(token) is None:
+            message = f"token {number} of {file} has characters that a bearer token cannot have"
+            raise ValueError(message)
+    return tokens
 
 
 def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:

@@ -25,11 +25,13 @@ from lowbit.v1 import (
     runtime_pb2,
     runtime_pb2_grpc,
 )
+from lowbit_server.config import read_tokens
 from lowbit_server.jobs.manager import JobManager
 from lowbit_server.jobs.records import JobStore
 from lowbit_server.pool.launcher import LocalLauncher
 from lowbit_server.pool.pool import Pool
 from lowbit_server.pool.worker import WorkerState
+from lowbit_server.rpc.authentication import TokenInterceptor
 from lowbit_server.rpc.generation import GenerationService
 from lowbit_server.rpc.interceptors import PublicInterceptor
 from lowbit_server.rpc.jobs import JobService
@@ -79,7 +81,7 @@ class Server:
         self._scheduler = Scheduler(config, self._pool)
         self._health = health.aio.HealthServicer()
         self._grpc = grpc.aio.server(
-            interceptors=[PublicInterceptor()], options=_grpc_options(config)
+            interceptors=_interceptors(config), options=_grpc_options(config)
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(self._catalog, Tokenizers(), self._scheduler), self._grpc
@@ -118,11 +120,22 @@ class Server:
         await self._pool.start()
         self._reporter = asyncio.create_task(self._report_health())
         host, _ = self._config.listen.rsplit(":", 1)
-        port = self._grpc.add_insecure_port(self._config.listen)
+        credentials = _credentials(self._config)
+        if credentials is None:
+            port = self._grpc.add_insecure_port(self._config.listen)
+        else:
+            port = self._grpc.add_secure_port(self._config.listen, credentials)
         await self._grpc.start()
         address = f"{host}:{port}"
         self._publish_address(address)
-        log.info("serving", address=address, devices=self._config.devices, pid=os.getpid())
+        log.info(
+            "serving",
+            address=address,
+            tls=credentials is not None,
+            tokens=self._config.tokens_file is not None,
+            devices=self._config.devices,
+            pid=os.getpid(),
+        )
         return address
 
     async def drain(self) -> None:
@@ -185,6 +198,24 @@ def _launcher(config: Config) -> LocalLauncher:
         threads=config.threads_per_worker or max(1, cores // workers),
         max_running=config.max_running_requests,
         kv_cache_bytes=config.kv_cache_bytes,
+    )
+
+
+def _interceptors(config: Config) -> list[grpc.aio.ServerInterceptor]:
+    tokens = config.tokens_file
+    first = [] if tokens is None else [TokenInterceptor(read_tokens(tokens))]
+    return [*first, PublicInterceptor()]
+
+
+def _credentials(config: Config) -> grpc.ServerCredentials | None:
+    """Return the credentials of TLS, mutual TLS where clients need a certificate; or None."""
+    if config.tls_key is None or config.tls_certificate is None:
+        return None
+    client_ca = None if config.tls_client_ca is None else config.tls_client_ca.read_bytes()
+    return grpc.ssl_server_credentials(
+        [(config.tls_key.read_bytes(), config.tls_certificate.read_bytes())],
+        root_certificates=client_ca,
+        require_client_auth=client_ca is not None,
     )
 
 

@@ -239,7 +239,7 @@ class Play:
             if events[0]["event"] != "message":
                 raise Mismatch(f"call {name!r} gave no job: {events[0]}")
             return str(events[0]["message"]["id"])
-        return self._replaced.get(value) or self._stage.file(value[1:])
+        return self._replaced.get(value) or str(self._stage.files[value[1:]])
 
     def _check_secret(self, name: str) -> None:
         for event in self._testee.events(self._calls[name][0]):

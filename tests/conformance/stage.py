@@ -6,15 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
-from lowbit import Client, ClientOptions
+from lowbit import Client, ClientOptions, TlsOptions
 from lowbit.v1 import model_pb2, runtime_pb2
 from lowbit_server.testing import ServerProcess, scripted_model
+from tests.certificates import Authority
 from tests.conformance.proxy import Proxy
 from tests.conformance.schema import ROOT, plain
 
@@ -111,9 +112,19 @@ class Stage:
         """The proxy in front of the server."""
         return self._exit.enter_context(Proxy(self.address))
 
-    def file(self, name: str) -> str:
-        """Return the path of a file: ca, other_ca, certificate or key."""
-        raise KeyError(name)
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Files that scenarios name: ca, certificate, key, and the same with other_ before."""
+        found = {}
+        for prefix in ("", "other_"):
+            authority = Authority(self._folder, f"{prefix}ca")
+            client = authority.issue(f"{prefix}client")
+            found[f"{prefix}ca"] = authority.file
+            found[f"{prefix}certificate"], found[f"{prefix}key"] = client.certificate, client.key
+            if not prefix:
+                server = authority.issue("server")
+                found["server_certificate"], found["server_key"] = server.certificate, server.key
+        return found
 
     def source(self, name: str) -> str:
         """Return the path of a source folder of a scripted model, made when it is missing."""
@@ -152,17 +163,30 @@ class Stage:
     def thaw_job(self) -> None:
         """Let the stopped processes go on."""
         for process in self._frozen:
-            process.resume()
+            with suppress(psutil.NoSuchProcess):  # the job was cancelled
+                process.resume()
         self._frozen = []
 
     def _start(self, listen: str) -> None:
         settings = {f"LOWBIT_{name.upper()}": text for name, text in self._spec.settings.items()}
         settings["LOWBIT_IMPORT_ROOTS"] = str(self._sources)
+        if self._spec.tls:
+            settings["LOWBIT_TLS_CERTIFICATE"] = str(self.files["server_certificate"])
+            settings["LOWBIT_TLS_KEY"] = str(self.files["server_key"])
+        if self._spec.client_certificates:
+            settings["LOWBIT_TLS_CLIENT_CA"] = str(self.files["ca"])
+        if self._spec.tokens:
+            tokens = self._folder / "tokens"
+            tokens.write_text("\n".join(self._spec.tokens))
+            settings["LOWBIT_TOKENS_FILE"] = str(tokens)
         home = self._folder / "home"
         self._process = ServerProcess(home, "--listen", listen, environment=settings).start()
 
     def _options(self) -> ClientOptions:
-        return ClientOptions()
+        names = ("ca", "certificate", "key")
+        tls = TlsOptions(**{name: self.files[name].read_bytes() for name in names})
+        token = self._spec.tokens[0] if self._spec.tokens else None
+        return ClientOptions(tls=tls if self._spec.tls else None, token=token)
 
     def _source(self, name: str, context_tokens: int, script: dict[str, Any]) -> str:
         folder = self._sources / name
@@ -193,5 +217,6 @@ class Stage:
 
     def _kill_frozen(self) -> None:
         for process in self._frozen:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._frozen = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -27,6 +28,12 @@ log = structlog.get_logger()
 PUBLIC = "/lowbit.v1."
 DOMAIN = "lowbit"
 STATUS_DETAILS = "grpc-status-details-bin"
+
+# W3C Trace Context, section 3.2; another version may append fields. Anything else is ignored.
+TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?P<trace_id>(?!0{32})[0-9a-f]{32})-(?P<parent_id>(?!0{16})[0-9a-f]{16})"
+    r"-[0-9a-f]{2}(-.*)?"
+)
 
 # gRPC drops an answer whose trailers have more than 8 KiB, and with it the reason. Message
 # and details repeat what the client sent, so each part of them is bounded.
@@ -87,7 +94,10 @@ class PublicInterceptor(grpc.aio.ServerInterceptor):
         request_id = getattr(request, "request_id", "") or uuid4().hex
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(
-            method=method, request_id=request_id, model=getattr(request, "model", "") or None
+            method=method,
+            request_id=request_id,
+            model=getattr(request, "model", "") or None,
+            **_caller(context),
         )
         code, reason = "OK", None
         try:
@@ -119,6 +129,15 @@ class PublicInterceptor(grpc.aio.ServerInterceptor):
             if len(violations) > len(found):
                 message = f"{len(violations)} violations, the first of them: {message}"
             raise LowbitError(Reason.INVALID_FIELD, message, violations=found)
+
+
+def _caller(context: Context) -> dict[str, str]:
+    """Return what the log tells about the caller: its user agent and its place in a trace."""
+    metadata = dict(context.invocation_metadata() or ())
+    told = {"user_agent": _cut(str(metadata.get("user-agent", "")), MAX_METADATA_BYTES)}
+    if trace := TRACEPARENT.fullmatch(str(metadata.get("traceparent", ""))):
+        told |= {"trace_id": trace["trace_id"], "parent_id": trace["parent_id"]}
+    return told
 
 
 async def abort(context: Context, error: LowbitError, request_id: str) -> None:

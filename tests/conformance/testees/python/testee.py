@@ -13,7 +13,7 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from lowbit import Client, ClientOptions, GenerateStream, LowbitError
+from lowbit import Client, ClientOptions, GenerateStream, LowbitError, TlsOptions
 from lowbit.v1 import generation_pb2, job_pb2, model_pb2, quantization_pb2, runtime_pb2
 
 _writing = threading.Lock()
@@ -243,7 +243,7 @@ class Running:
         """Make the call and write its events."""
         try:
             client = Client(self._target, options_of(self._options))
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             empty = {"code": "", "reason": "", "metadata": {}, "violations": []}
             empty |= {"retry_after_s": None, "request_id": ""}
             write(self._id, "error", **empty, **{"class": "ValueError", "message": str(error)})
@@ -316,8 +316,6 @@ def options_of(line: dict[str, Any]) -> ClientOptions:
     if (traceparent := line.pop("traceparent", None)) is not None:
         line["traceparent"] = lambda: traceparent
     if (tls := line.pop("tls", None)) is not None:
-        from lowbit import TlsOptions  # noqa: PLC0415
-
         files = {key: tls.pop(f"{key}_file", None) for key in ("ca", "certificate", "key")}
         pems = {key: Path(file).read_bytes() for key, file in files.items() if file}
         line["tls"] = TlsOptions(**pems, **tls)
