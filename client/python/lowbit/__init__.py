@@ -36,7 +36,7 @@ from lowbit.errors import (
     UnavailableError,
     WorkerLostError,
 )
-from lowbit.options import ClientOptions, default_address
+from lowbit.options import ClientOptions, TlsOptions, default_address
 from lowbit.schemes import scheme
 from lowbit.sync.client import Client
 from lowbit.sync.stream import GenerateStream, JobStream, LoadStream, Stream
@@ -82,6 +82,7 @@ __all__ = [
     "SchemeUnavailableError",
     "SourceRejectedError",
     "Stream",
+    "TlsOptions",
     "UnauthenticatedError",
     "UnavailableError",
     "WorkerLostError",

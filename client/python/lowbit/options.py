@@ -1,16 +1,47 @@
-"""What a client may be told about its connection: limits, timeouts and retries."""
+"""What a client may be told about its connection: limits, timeouts, retries and who it is."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DEFAULT_ADDRESS = "127.0.0.1:50151"
 ADDRESS_VARIABLE = "LOWBIT_ADDRESS"
 USER_AGENT = f"lowbit-python/{version('lowbit')}"
 
-_LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsOptions:
+    """How the server is known, and how it knows this client; all files are PEM."""
+
+    ca: bytes | None = None
+    """Authorities that may have signed the server's certificate; None: the system's."""
+
+    certificate: bytes | None = None
+    """This client's certificate, for servers that ask for one; needs `key`."""
+
+    key: bytes | None = field(default=None, repr=False)
+    """The certificate's private key."""
+
+    server_name: str | None = None
+    """Name that the server's certificate must have, where the address has another."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where one of certificate and key is missing."""
+        if (self.certificate is None) != (self.key is None):
+            message = "certificate and key go together"
+            raise ValueError(message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +85,20 @@ class ClientOptions:
     gets at most 10 % more calls, not `max_attempts` times as many.
     """
 
+    tls: TlsOptions | None = None
+    """Encrypts the connection; None does not."""
+
+    token: str | None = field(default=None, repr=False)
+    """Bearer token of each call. Without TLS it is sent to this machine only."""
+
+    traceparent: Callable[[], str | None] | None = None
+    """Returns the W3C traceparent of the caller's trace, asked for each try of a call."""
+
     def __post_init__(self) -> None:
         """Raise ValueError where a value makes no sense."""
+        if self.token is not None and _TOKEN.fullmatch(self.token) is None:
+            message = "token has characters that a bearer token cannot have"
+            raise ValueError(message)
         for name in ("max_message_bytes", "max_attempts"):
             if getattr(self, name) < 1:
                 message = f"{name} must be at least 1"
@@ -70,6 +113,39 @@ class ClientOptions:
 def default_address() -> str:
     """Return HOST:PORT from LOWBIT_ADDRESS, or that of a server on this machine."""
     return os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address is this machine's own."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or address.startswith("unix:")
+
+
+def check_token(address: str, options: ClientOptions) -> None:
+    """Raise ValueError when the token would be sent in the clear to another machine."""
+    if options.token is not None and options.tls is None and not is_loopback(address):
+        message = f"token needs tls: {address} is another machine"
+        raise ValueError(message)
+
+
+def call_metadata(options: ClientOptions) -> tuple[tuple[str, str], ...]:
+    """Return what each try of a call tells about its caller."""
+    told = []
+    if options.token is not None:
+        told.append(("authorization", f"Bearer {options.token}"))
+    if options.traceparent is not None and (traceparent := options.traceparent()):
+        told.append(("traceparent", traceparent))
+    return tuple(told)
+
+
+def channel_credentials(options: ClientOptions) -> grpc.ChannelCredentials | None:
+    """Return the credentials of TLS; None without it."""
+    if (tls := options.tls) is None:
+        return None
+    return grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
 
 
 def channel_options(address: str, options: ClientOptions) -> list[tuple[str, str | int]]:
@@ -92,7 +168,9 @@ def channel_options(address: str, options: ClientOptions) -> list[tuple[str, str
         # Each client has its own connection, so closing one is no business of another.
         ("grpc.use_local_subchannel_pool", 1),
     ]
-    if address.startswith(_LOOPBACK):
+    if options.tls is not None and options.tls.server_name is not None:
+        arguments.append(("grpc.ssl_target_name_override", options.tls.server_name))
+    if is_loopback(address):
         # An http_proxy of the environment cannot reach this machine's own loopback.
         arguments.append(("grpc.enable_http_proxy", 0))
     return arguments

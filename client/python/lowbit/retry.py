@@ -63,9 +63,11 @@ class Retrier:
         *,
         timeout_s: float | None,
         repeatable: bool,
+        once: bool = False,
     ) -> None:
-        """Start the clock; `timeout_s` bounds all tries together."""
+        """Start the clock; `timeout_s` bounds all tries together, `once` allows only one."""
         self._options = options
+        self._max_attempts = 1 if once else options.max_attempts
         self._budget = budget
         self._repeatable = repeatable
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -83,7 +85,7 @@ class Retrier:
 
     def delay_s(self, error: LowbitError) -> float | None:
         """Return the seconds to wait before the next try; None when there is to be none."""
-        if self._tries >= self._options.max_attempts or not self._is_safe(error):
+        if self._tries >= self._max_attempts or not self._is_safe(error):
             return None
         if error.retry_after_s is None:
             delay = backoff_s(self._options, self._tries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import grpc
@@ -28,7 +29,29 @@ LocallyCancelled = asyncio.CancelledError
 sleep = asyncio.sleep
 
 
-def open_channel(address: str, options: list[tuple[str, str | int]]) -> Channel:
+class Pause:
+    """A wait that can be ended early, once and for all."""
+
+    def __init__(self) -> None:
+        """Be not ended."""
+        self._ended = asyncio.Event()
+
+    def end(self) -> None:
+        """End this wait and all later ones."""
+        self._ended.set()
+
+    async def wait(self, seconds: float) -> None:
+        """Wait so long, or until the end."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
+
+
+def open_channel(
+    address: str,
+    options: list[tuple[str, str | int]],
+    credentials: grpc.ChannelCredentials | None,
+) -> Channel:
     """Open a channel of the running event loop.
 
     Raises:
@@ -36,7 +59,9 @@ def open_channel(address: str, options: list[tuple[str, str | int]]) -> Channel:
 
     """
     asyncio.get_running_loop()
-    return grpc.aio.insecure_channel(address, options)
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options)
+    return grpc.aio.secure_channel(address, credentials, options)
 
 
 def reader(call: StreamCall[_Res]) -> Read[_Res]:

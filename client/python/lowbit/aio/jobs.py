@@ -78,7 +78,7 @@ class AsyncJobs:
 
         """
         request = WatchJobRequest(id=job_id, after_sequence=after_sequence)
-        return AsyncJobStream(self._transport, self._stub.WatchJob, request)
+        return AsyncJobStream(self._transport, self._stub.WatchJob, request, None)
 
     async def wait_job(self, job_id: str) -> Job:
         """Wait until a job ends and return it.

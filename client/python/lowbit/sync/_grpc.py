@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -29,9 +30,31 @@ LocallyCancelled = grpc.FutureCancelledError
 sleep = time.sleep
 
 
-def open_channel(address: str, options: list[tuple[str, str | int]]) -> Channel:
+class Pause:
+    """A wait that can be ended early, once and for all."""
+
+    def __init__(self) -> None:
+        """Be not ended."""
+        self._ended = threading.Event()
+
+    def end(self) -> None:
+        """End this wait and all later ones."""
+        self._ended.set()
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until the end."""
+        self._ended.wait(seconds)
+
+
+def open_channel(
+    address: str,
+    options: list[tuple[str, str | int]],
+    credentials: grpc.ChannelCredentials | None,
+) -> Channel:
     """Open a channel; it connects with the first call."""
-    return grpc.insecure_channel(address, options)
+    if credentials is None:
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, credentials, options)
 
 
 def reader(call: StreamCall[_Res]) -> Read[_Res]:

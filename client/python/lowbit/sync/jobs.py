@@ -75,7 +75,7 @@ class Jobs:
 
         """
         request = WatchJobRequest(id=job_id, after_sequence=after_sequence)
-        return JobStream(self._transport, self._stub.WatchJob, request)
+        return JobStream(self._transport, self._stub.WatchJob, request, None)
 
     def wait_job(self, job_id: str) -> Job:
         """Wait until a job ends and return it.

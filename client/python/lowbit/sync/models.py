@@ -164,7 +164,8 @@ class Models:
     ) -> LoadStream:
         """Start to load a model and return its progress; call `wait` on it.
 
-        Closing the stream before its end cancels the load, unless others wait for it too.
+        Closing the stream before its end cancels the load, unless others wait for it too. A
+        broken connection is opened again.
 
         Args:
             model: name or alias.
@@ -175,7 +176,7 @@ class Models:
         """
         request = LoadRequest(model=model, device=device, replicas=replicas)
         timeout = self._transport.options.stream_timeout_s if timeout is None else timeout
-        return LoadStream(self._transport.open(self._stub.Load, request, timeout))
+        return LoadStream(self._transport, self._stub.Load, request, timeout)
 
     def unload(
         self, model: str, *, drain_timeout: float | None = None, force: bool = False

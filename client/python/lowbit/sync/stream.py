@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from grpc import StatusCode
 
 from lowbit.chunk import Chunk
-from lowbit.errors import CancelledError, UnavailableError
+from lowbit.errors import CancelledError, LowbitError, UnavailableError
 from lowbit.retry import backoff_s
 from lowbit.v1.job_pb2 import WatchJobRequest, WatchJobResponse
-from lowbit.v1.model_pb2 import LoadResponse
+from lowbit.v1.model_pb2 import LoadRequest, LoadResponse
 
-from ._grpc import EOF, sleep
+from ._grpc import EOF, Pause
 
 if TYPE_CHECKING:
     from lowbit.v1.generation_pb2 import (
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ._grpc import StreamMethod
     from .transport import Receiver, Transport
 
+_Req = TypeVar("_Req")
 _Res = TypeVar("_Res")
 _Item = TypeVar("_Item")
 
@@ -86,22 +87,6 @@ class Stream(_Stream[_Res, _Res]):
             self._ended = True
             raise StopIteration
         return message
-
-
-class LoadStream(Stream[LoadResponse]):
-    """Progress of a load. The load is cancelled with its last reader."""
-
-    def wait(self) -> list[LoadResponse]:
-        """Read to the end; return the last message of each replica.
-
-        Raises:
-            LowbitError: when the load failed.
-
-        """
-        last = {}
-        for message in self:
-            last[message.device, message.worker] = message
-        return list(last.values())
 
 
 class GenerateStream(_Stream["GenerateResponse", Chunk]):
@@ -175,68 +160,113 @@ class GenerateStream(_Stream["GenerateResponse", Chunk]):
         return self._completed.timings if self._completed else None
 
 
-class JobStream(_Stream[WatchJobResponse, WatchJobResponse]):
-    """Events of a job. A broken connection is opened again after the last event."""
+class _ResumingStream(_Stream[_Res, _Res], Generic[_Req, _Res]):
+    """A stream that is asked for again when its connection breaks after the first message."""
 
     def __init__(
         self,
         transport: Transport,
-        method: StreamMethod[WatchJobRequest, WatchJobResponse],
-        request: WatchJobRequest,
+        method: StreamMethod[_Req, _Res],
+        request: _Req,
+        timeout_s: float | None,
     ) -> None:
-        """Start to watch."""
-        super().__init__(transport.open(method, request, None))
+        super().__init__(transport.open(method, request, timeout_s))
         self._transport = transport
         self._method = method
         self._request = request
+        self._deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        self._pause = Pause()
         self._closed = False
         self._seen = False
-        self.sequence = request.after_sequence
-        """Sequence number of the last event that was read."""
 
-    def __next__(self) -> WatchJobResponse:
-        """Return the next event.
+    def __next__(self) -> _Res:
+        """Return the next message.
 
         Raises:
-            LowbitError: when the job cannot be watched; UnavailableError when the server
-                cannot be reached at first, or not again within `resume_timeout_s`.
+            LowbitError: when the stream failed; UnavailableError when the server cannot be
+                reached at first, or not again within `resume_timeout_s`.
 
         """
         if self._ended:
             raise StopIteration
         try:
-            event = self._receiver.read()
+            message = self._receiver.read()
         except UnavailableError as error:
-            if not self._seen:
+            if not self._seen or not _is_broken(error):
                 raise
-            event = self._resume(error)
-        if event is EOF:
+            message = self._resume(error)
+        if message is EOF:
             self._ended = True
             raise StopIteration
         self._seen = True
-        self.sequence = event.sequence
-        return event
+        self._note(message)
+        return message
 
     def close(self) -> None:
-        """Stop watching; the job goes on. Reading on then raises CancelledError."""
+        """Cancel the call if it still runs; reading on then raises CancelledError."""
         self._closed = True
+        self._pause.end()
         super().close()
 
-    def _resume(self, failure: UnavailableError) -> WatchJobResponse:
-        """Open the stream again until it gives an event or the time is over."""
+    def _note(self, message: _Res) -> None:
+        """Remember what `_request` must say when it is sent again."""
+
+    def _resume(self, failure: LowbitError) -> _Res:
+        """Open the stream again until it gives a message or the time is over."""
         options = self._transport.options
-        deadline = time.monotonic() + options.resume_timeout_s
+        deadline = min(self._deadline, time.monotonic() + options.resume_timeout_s)
         tries = 0
         while time.monotonic() < deadline:
             tries += 1
-            sleep(failure.retry_after_s or backoff_s(options, tries))
+            self._pause.wait(failure.retry_after_s or backoff_s(options, tries))
             if self._closed:
                 text = "the stream was closed by its reader"
                 raise CancelledError(text, code=StatusCode.CANCELLED)
-            self._request = WatchJobRequest(id=self._request.id, after_sequence=self.sequence)
-            self._receiver = self._transport.open(self._method, self._request, None)
+            left = None if self._deadline == float("inf") else self._deadline - time.monotonic()
+            self._receiver = self._transport.open(self._method, self._request, left, once=True)
+            if self._closed:  # meanwhile, when another thread closes
+                self._receiver.cancel()
             try:
                 return self._receiver.read()
-            except UnavailableError as error:
+            except LowbitError as error:
+                if not _is_broken(error) and error.retry_after_s is None:
+                    raise
                 failure = error
         raise failure
+
+
+def _is_broken(error: LowbitError) -> bool:
+    """Whether the connection broke or the server went away: nobody refused anything."""
+    return isinstance(error, UnavailableError) and error.reason in ("", "SHUTTING_DOWN")
+
+
+class LoadStream(_ResumingStream[LoadRequest, LoadResponse]):
+    """Progress of a load. The load is cancelled with its last reader.
+
+    A broken connection is opened again: the load is joined, or begun anew when it was
+    cancelled meanwhile, so earlier phases may come again.
+    """
+
+    def wait(self) -> list[LoadResponse]:
+        """Read to the end; return the last message of each replica.
+
+        Raises:
+            LowbitError: when the load failed.
+
+        """
+        last = {}
+        for message in self:
+            last[message.device, message.worker] = message
+        return list(last.values())
+
+
+class JobStream(_ResumingStream[WatchJobRequest, WatchJobResponse]):
+    """Events of a job. A broken connection is opened again after the last event."""
+
+    @property
+    def sequence(self) -> int:
+        """Sequence number of the last event that was read."""
+        return self._request.after_sequence
+
+    def _note(self, message: WatchJobResponse) -> None:
+        self._request = WatchJobRequest(id=self._request.id, after_sequence=message.sequence)

@@ -9,10 +9,17 @@ from grpc import RpcError, StatusCode
 
 from lowbit.errors import CancelledError, LowbitError
 from lowbit.failures import from_rpc
-from lowbit.options import ClientOptions, channel_options, default_address
+from lowbit.options import (
+    ClientOptions,
+    call_metadata,
+    channel_credentials,
+    channel_options,
+    check_token,
+    default_address,
+)
 from lowbit.retry import Retrier, RetryBudget
 
-from ._grpc import LocallyCancelled, open_channel, reader, sleep, task_is_cancelled
+from ._grpc import LocallyCancelled, Pause, open_channel, reader, sleep, task_is_cancelled
 
 if TYPE_CHECKING:
     from ._grpc import StreamMethod, UnaryMethod
@@ -28,7 +35,12 @@ class Transport:
         """Make the channel; it connects with the first call."""
         self.address = address or default_address()
         self.options = options or ClientOptions()
-        self.channel = open_channel(self.address, channel_options(self.address, self.options))
+        check_token(self.address, self.options)
+        self.channel = open_channel(
+            self.address,
+            channel_options(self.address, self.options),
+            channel_credentials(self.options),
+        )
         self._budget = RetryBudget(self.options.retry_budget)
 
     def close(self) -> None:
@@ -59,7 +71,9 @@ class Transport:
         retrier = self.retrier(timeout_s, repeatable=repeatable)
         while True:
             try:
-                response = method(request, timeout=retrier.remaining_s())
+                response = method(
+                    request, timeout=retrier.remaining_s(), metadata=call_metadata(self.options)
+                )
             except RpcError as error:
                 failure = from_rpc(error, getattr(request, "request_id", ""))
                 delay = retrier.delay_s(failure)
@@ -71,24 +85,40 @@ class Transport:
             sleep(delay)
 
     def open(
-        self, method: StreamMethod[_Req, _Res], request: _Req, timeout_s: float | None
+        self,
+        method: StreamMethod[_Req, _Res],
+        request: _Req,
+        timeout_s: float | None,
+        *,
+        once: bool = False,
     ) -> Receiver[_Req, _Res]:
-        """Start a call with a stream of answers; it runs from now on."""
-        return Receiver(method, request, self.retrier(timeout_s, repeatable=True))
+        """Start a call with a stream of answers; it runs from now on, `once` without retries."""
+        retrier = self.retrier(timeout_s, repeatable=True, once=once)
+        return Receiver(method, request, retrier, self.options)
 
-    def retrier(self, timeout_s: float | None, *, repeatable: bool) -> Retrier:
+    def retrier(self, timeout_s: float | None, *, repeatable: bool, once: bool = False) -> Retrier:
         """Return what counts the tries of one call."""
-        return Retrier(self.options, self._budget, timeout_s=timeout_s, repeatable=repeatable)
+        return Retrier(
+            self.options, self._budget, timeout_s=timeout_s, repeatable=repeatable, once=once
+        )
 
 
 class Receiver(Generic[_Req, _Res]):
     """A server stream, tried again until its first message has arrived."""
 
-    def __init__(self, method: StreamMethod[_Req, _Res], request: _Req, retrier: Retrier) -> None:
+    def __init__(
+        self,
+        method: StreamMethod[_Req, _Res],
+        request: _Req,
+        retrier: Retrier,
+        options: ClientOptions,
+    ) -> None:
         """Start the call."""
         self._method = method
         self._request = request
         self._retrier = retrier
+        self._options = options
+        self._pause = Pause()
         self._cancelled = False
         self._started = False
         self._open()
@@ -119,17 +149,24 @@ class Receiver(Generic[_Req, _Res]):
     def cancel(self) -> None:
         """End the call; does nothing when it has ended."""
         self._cancelled = True
+        self._pause.end()
         self._call.cancel()
 
     def _open(self) -> None:
-        self._call = self._method(self._request, timeout=self._retrier.remaining_s())
+        self._call = self._method(
+            self._request,
+            timeout=self._retrier.remaining_s(),
+            metadata=call_metadata(self._options),
+        )
         self._read = reader(self._call)
+        if self._cancelled:  # meanwhile, when another thread cancels
+            self._call.cancel()
 
     def _again(self, failure: LowbitError) -> _Res:
         delay = self._retrier.delay_s(failure)
         if delay is None:
             raise failure
-        sleep(delay)
+        self._pause.wait(delay)
         if self._cancelled:
             raise _cancelled_here()
         self._open()
