@@ -207,3 +207,23 @@ def test_a_bias_free_copy_of_the_inputs_is_all_that_is_kept(tmp_path: Path) -> N
     assert state.keys() == {"hidden"}
     expected = functional.embedding(ids, tensors["model.embed_tokens.weight"])
     assert torch.equal(state["hidden"], expected)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "broken"),
+    # The scales of AWQ bring a weight of 1e7 back onto a grid.
+    [(GptqScheme(), torch.inf), (GptqScheme(), 1e7), (AwqScheme(), torch.inf)],
+    ids=lambda one: getattr(one, "name", str(one)),
+)
+def test_weights_that_no_grid_holds_are_refused_by_name(
+    scheme: Scheme, broken: float, store: Store, tmp_path: Path
+) -> None:
+    source = random_source(tmp_path / "source", **FAMILIES["llama-tied"])
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    # The last layer's last product: what flows into every other one stays finite.
+    model.model.layers[2].mlp.down_proj.weight.data[3, 5] = broken
+    model.save_pretrained(source)
+    store.imported(source)
+    with pytest.raises(LowbitError, match=r"model\.layers\.2\.mlp\.down_proj\.weight") as caught:
+        store.quantized(scheme, calibration=CALIBRATION)
+    assert caught.value.reason is Reason.INVALID_FIELD

@@ -14,13 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowbit import Client, ContextLengthError, InvalidArgumentError, JobFailedError
 from lowbit.v1 import errors_pb2
-from lowbit.v1.quantization_pb2 import Evaluation, QualityGate
+from lowbit.v1.quantization_pb2 import Calibration, Evaluation, QualityGate
 from lowbit_server.testing import ServerProcess
 from tests.models.quantkit import random_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+SCHEMES = ("bf16", "fp32", "int8", "nf4", "rtn", "gptq", "awq")
+MEASURED = ("nf4", "gptq")
+CALIBRATION = Calibration(samples=16, sequence_tokens=128)
+EVALUATION = Evaluation(max_tokens=512, window_tokens=256)
 NEW_TOKENS = 16
 PROMPTS = (
     "The capital of France is",
@@ -48,17 +52,24 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def server(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with SmolLM2 as bf16, fp32, int8, nf4 and rtn, all live."""
+    """A server with SmolLM2 in every scheme, all live; two are measured."""
     home = tmp_path_factory.mktemp("main-job") / "home"
     environment = {"LOWBIT_IMPORT_ROOTS": str(smollm2_gguf.parent)}
     with ServerProcess(home, environment=environment) as server:
         with Client(server.address) as client:
             client.wait_job(client.import_model("bf16", path=str(smollm2_gguf)).id)
-            evaluation = Evaluation(max_tokens=512, window_tokens=256)
-            for scheme in ("fp32", "int8", "nf4", "rtn"):
-                job = client.quantize("bf16", scheme, scheme, evaluation=evaluation)
+            for scheme in SCHEMES[1:]:
+                measured = scheme in MEASURED
+                job = client.quantize(
+                    "bf16",
+                    scheme,
+                    scheme,
+                    calibration=CALIBRATION if scheme in {"gptq", "awq"} else None,
+                    evaluation=EVALUATION if measured else None,
+                    skip_evaluation=not measured,
+                )
                 client.wait_job(job.id)
-            for name in ("bf16", "fp32", "int8", "nf4", "rtn"):
+            for name in SCHEMES:
                 client.load(name).wait()
         yield server
 
@@ -84,7 +95,7 @@ def test_greedy_output_equals_generate(name: str, server: ServerProcess) -> None
             assert stream.partial_text == text
 
 
-@pytest.mark.parametrize("name", ["bf16", "int8", "nf4", "rtn"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "nf4", "rtn", "gptq", "awq"])
 def test_the_command_line_knows_paris(name: str, server: ServerProcess) -> None:
     command = [str(Path(sys.executable).parent / "lowbit"), "--address", server.address]
     command += ["generate", name, "The capital of France is"]
@@ -149,7 +160,7 @@ def test_a_prompt_beyond_the_kv_budget_is_refused_like_one_beyond_the_context(
 def test_estimates_are_within_5_percent(server: ServerProcess) -> None:
     with Client(server.address) as client:
         models = {model.name: model for model in client.models()}
-        for name in ("bf16", "fp32", "int8", "nf4", "rtn"):
+        for name in SCHEMES:
             measured = models[name].replicas[0].live_bytes
             copy = client.estimate_quantization("bf16", name)
             assert copy.disk_bytes == pytest.approx(models[name].disk_bytes, rel=0.05)
@@ -174,11 +185,11 @@ def test_smaller_is_smaller_and_measured(server: ServerProcess) -> None:
         # All parameters once (the head is tied), and next to nothing beside them.
         assert live["bf16"] == pytest.approx(2 * models["bf16"].parameters, rel=0.01)
         assert live["fp32"] == pytest.approx(4 * models["fp32"].parameters, rel=0.01)
-        for name in ("int8", "nf4", "rtn"):
+        for name in MEASURED:
             quality = models[name].quality
             assert models[name].parent == "bf16"
             assert quality.base_perplexity < quality.perplexity * 1.01
-            assert 0 < quality.mean_kl < quality.p99_kl
-        assert models["fp32"].quality.mean_kl < 0.01 < models["nf4"].quality.mean_kl
+            assert 0.01 < quality.mean_kl < quality.p99_kl
+        assert models["gptq"].quality.mean_kl < 0.8 * models["nf4"].quality.mean_kl
         listed = {one.model: one for device in client.devices() for one in device.models}
         assert {name: one.live_bytes for name, one in listed.items()} == live

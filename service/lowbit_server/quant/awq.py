@@ -17,7 +17,7 @@ from lowbit_server.quant import awq_packing
 from lowbit_server.quant.awq_packing import AwqLinear
 from lowbit_server.quant.calibrated import Calibrated, stacked
 from lowbit_server.quant.decoder import DOWN, GATE_UP, OUTPUT, QKV
-from lowbit_server.quant.rtn import between, nearest
+from lowbit_server.quant.rtn import between, check_finite, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -82,7 +82,9 @@ class AwqMethod(Calibrated):
         for names, gram in grams.items():
             for linear in names:
                 weight = changed.pop(f"{linear}.weight").float()
-                changed |= self._round(weight, gram).tensors(linear)
+                rounded = self._round(weight, gram)
+                check_finite(f"model.layers.{number}.{linear}.weight", rounded.scales)
+                changed |= rounded.tensors(linear)
         return changed
 
     def _search(

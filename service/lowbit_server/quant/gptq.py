@@ -16,7 +16,7 @@ from lowbit_server.quant.calibrated import Calibrated, stacked
 from lowbit_server.quant.decoder import ACTIVATIONS
 from lowbit_server.quant.dynamic import overrides
 from lowbit_server.quant.packing import PackedLinear
-from lowbit_server.quant.rtn import check_shapes, grid, quantization_config
+from lowbit_server.quant.rtn import check_finite, check_shapes, grid, quantization_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -64,6 +64,7 @@ class GptqMethod(Calibrated):
                 names, *(torch.split(one, rows, 1) for one in whole), strict=True
             ):
                 packed = PackedLinear.of(bits, *parts)
+                check_finite(f"model.layers.{number}.{linear}.weight", packed.scales)
                 converted |= packed.tensors(linear)
                 layer.replace(linear, packed.dequantized(ACTIVATIONS))
         return converted

@@ -61,12 +61,17 @@ class RtnMethod(Stateless):
         # (groups, columns of a group, out)
         parts = weight.float().T.reshape(-1, size, len(weight))
         scales, zeros = grid(parts, bits, sym=self._scheme.sym)
-        if not bool(scales.isfinite().all()):
-            raise invalid(
-                "scheme", f"tensor {name} has infinities, no numbers or steps beyond fp16's 65504"
-            )
+        check_finite(name, scales)
         codes = nearest(parts, scales, zeros, bits)
         return PackedLinear.of(bits, codes.reshape(-1, len(weight)), zeros, scales)
+
+
+def check_finite(name: str, scales: torch.Tensor) -> None:
+    """Raise INVALID_FIELD that names a weight whose grid fp16 cannot hold."""
+    if not bool(scales.isfinite().all()):
+        raise invalid(
+            "scheme", f"tensor {name} has infinities, no numbers or steps beyond fp16's 65504"
+        )
 
 
 def quantization_config(scheme: RtnScheme | GptqScheme) -> dict[str, Any]:
