@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PREFIX = "LOWBIT_"
-CLIENT_VARIABLES = frozenset({"LOWBIT_ADDRESS"})
+CLIENT_VARIABLES = frozenset({"LOWBIT_ADDRESS", "LOWBIT_TOKEN", "LOWBIT_CA"})
 """Variables that the clients read; the server leaves them alone."""
 
 _DEVICE = re.compile(r"cpu|cuda:\d{1,3}")

@@ -134,7 +134,7 @@ class Play:
 
     def _action(self, action: int) -> None:
         names = ("", "kill_worker", "drain", "restart", "break_connections")
-        getattr(self._stage, (*names, "freeze_job", "thaw_job")[action])()
+        getattr(self._stage, (*names, "freeze_job", "thaw_job", "replace")[action])()
 
     def _pause_s(self, seconds: float) -> None:
         time.sleep(seconds)  # what a scenario waits for here shows nowhere

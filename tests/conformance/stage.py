@@ -149,6 +149,13 @@ class Stage:
         self._kill_frozen()
         self._start(self.address)
 
+    def replace(self) -> None:
+        """End the server in good order and start it again at the same port."""
+        self._process.signal(signal.SIGTERM)
+        self._process.wait()
+        self._kill_frozen()
+        self._start(self.address)
+
     def break_connections(self) -> None:
         """Break the connections through the proxy."""
         if not self.proxy.break_all():

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lowbit_server.config import Config, ConfigError, load_config
+from lowbit_server.config import Config, ConfigError, load_config, read_tokens
+from tests.certificates import Authority
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,3 +146,37 @@ def test_addresses_that_are_good(listen: str) -> None:
 
 def test_a_relative_home_is_made_absolute() -> None:
     assert Config(home=Path("here")).home == Path.cwd() / "here"
+
+
+def test_tls_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    one, other = Authority(tmp_path, "one").issue("server"), Authority(tmp_path, "two").issue("b")
+    ca = tmp_path / "one.pem"
+    good = {"tls_certificate": one.certificate, "tls_key": one.key, "tls_client_ca": ca}
+    assert load_config(None, good).tls_key == one.key
+    for wrong in (
+        {"tls_key": None},
+        {"tls_key": other.key},
+        {"tls_key": tmp_path / "nothing"},
+        {"tls_client_ca": one.key},
+        {"tls_certificate": None, "tls_key": None},
+    ):
+        with pytest.raises(ConfigError, match="tls_"):
+            load_config(None, good | wrong)
+
+
+def test_tokens_are_read_a_line_each(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("# people\none\n\n  two.2-~+/==  \n")
+    assert load_config(None, {"tokens_file": file}).tokens_file == file
+    assert read_tokens(file) == ("one", "two.2-~+/==")
+
+
+@pytest.mark.parametrize("text", ["", "# none\n", "two words\n", "ü\n"])
+def test_a_file_without_good_tokens_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="tokens_file") as caught:
+        load_config(None, {"tokens_file": file})
+    assert "two words" not in str(caught.value)
+    with pytest.raises(ConfigError, match="tokens_file"):
+        load_config(None, {"tokens_file": tmp_path / "nothing"})

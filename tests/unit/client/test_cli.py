@@ -409,3 +409,16 @@ def test_help_names_every_command(run: Run) -> None:
         *("devices", "info", "schemes", "demo"),
     ):
         assert f" {name} " in out
+
+
+def test_the_token_of_the_environment_is_sent(
+    server: FakeServer, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWBIT_TOKEN", "secret")
+    server.on["ListDevices"] = lambda *_: runtime.ListDevicesResponse()
+    assert run("devices", "--json")[0] == 0
+    assert run("devices", "--json")[0] == 0
+    assert server.seen[-1].metadata["authorization"] == "Bearer secret"
+    code, _, err = run("devices", address="lowbit.invalid:1")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "token needs tls" in err

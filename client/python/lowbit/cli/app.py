@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowbit.cli import demo, evaluate, generate, jobs, models, quantize, runtime
+from lowbit.cli.common import Tls, usage_errors
 from lowbit.cli.server import DemoError
 from lowbit.errors import LowbitError
-from lowbit.options import ADDRESS_VARIABLE, DEFAULT_ADDRESS
+from lowbit.options import (
+    ADDRESS_VARIABLE,
+    DEFAULT_ADDRESS,
+    ClientOptions,
+    TlsOptions,
+    check_token,
+    default_address,
+)
 from lowbit.renamed import replacement
 
 if TYPE_CHECKING:
@@ -39,8 +48,9 @@ app.command("demo")(demo.demo)
 
 
 @app.callback()
-def root(
+def root(  # noqa: PLR0913 - one parameter per option
     context: typer.Context,
+    *,
     address: Annotated[
         str | None,
         typer.Option(
@@ -49,9 +59,31 @@ def root(
             help=f"Server to talk to.  [default: {DEFAULT_ADDRESS}]",
         ),
     ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="LOWBIT_TOKEN", help="Bearer token; prefer the variable."),
+    ] = None,
+    tls: Tls = False,
+    ca: Annotated[
+        Path | None,
+        typer.Option(envvar="LOWBIT_CA", exists=True, help="Use TLS; authority's PEM file."),
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(exists=True, help="This client's certificate, PEM.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(exists=True, help="Its key, PEM.")] = None,
 ) -> None:
     """Make language models smaller and serve them."""
-    context.obj = address
+    with usage_errors():
+        given = tls or any((ca, certificate, key))
+        secured = TlsOptions(ca=_read(ca), certificate=_read(certificate), key=_read(key))
+        options = ClientOptions(tls=secured if given else None, token=token)
+        check_token(address or default_address(), options)
+    context.obj = (address, options)
+
+
+def _read(file: Path | None) -> bytes | None:
+    return None if file is None else file.read_bytes()
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

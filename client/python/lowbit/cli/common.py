@@ -29,6 +29,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 RequestId = Annotated[str, typer.Option(help="Makes the command idempotent.")]
 DryRun = Annotated[bool, typer.Option(help="Check everything and start nothing.")]
 Wait = Annotated[bool, typer.Option(help="Wait for the job and show its progress.")]
+Tls = Annotated[bool, typer.Option("--tls", help="Use TLS with the system's authorities.")]
 Device = Annotated[str, typer.Option(help='Such as "cpu" or "cuda:0"; chosen when empty.')]
 
 _PIPE_COLUMNS = 200
@@ -36,8 +37,9 @@ _KIB = 1024.0
 
 
 def connect(context: typer.Context) -> Client:
-    """Return a client of the server that --address names."""
-    return Client(context.obj)
+    """Return a client of the server that the options before the command name."""
+    address, options = context.obj
+    return Client(address, options)
 
 
 @contextlib.contextmanager
