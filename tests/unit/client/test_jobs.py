@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 
-from lowbit import AsyncClient, CancelledError, Client, JobFailedError, JobNotFoundError
+from lowbit import (
+    AsyncClient,
+    CancelledError,
+    Client,
+    ClientOptions,
+    JobFailedError,
+    JobNotFoundError,
+)
 from lowbit.v1.errors_pb2 import ERROR_REASON_QUALITY_GATE_FAILED
 from lowbit.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
@@ -118,6 +126,25 @@ def test_closing_stops_watching(server: FakeServer, client: Client) -> None:
     assert gone.wait(WAIT_S)
     with pytest.raises(CancelledError):
         next(stream)
+
+
+async def test_async_closing_is_heard_while_the_server_is_away(server: FakeServer) -> None:
+    def once(request: WatchJobRequest, context: grpc.ServicerContext) -> Iterator[WatchJobResponse]:
+        yield event(request.after_sequence + 1)
+        refuse(context, grpc.StatusCode.UNAVAILABLE)
+
+    server.on["WatchJob"] = once
+    options = ClientOptions(first_backoff_s=WAIT_S, max_backoff_s=WAIT_S)
+    async with AsyncClient(server.address, options) as client:
+        stream = client.watch_job("j")
+        await anext(stream)
+        read = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.2)  # it waits for its next try, which nobody can see
+        began = time.monotonic()
+        stream.close()
+        with pytest.raises(CancelledError):
+            await read
+    assert time.monotonic() - began < WAIT_S / 4
 
 
 def test_waiting_returns_the_last_state(server: FakeServer, client: Client) -> None:
