@@ -9,6 +9,7 @@ import pytest
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.models.measure import live_bytes
 from lowbit_server.models.transformers import TransformersModel, place
+from lowbit_server.quant import footprint
 from lowbit_server.quant.schemes import (
     AwqScheme,
     Bnb4BitScheme,
@@ -47,7 +48,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_are_within_5_percent(family: str, store: Store, tmp_path: Path) -> None:
     base = store.imported(random_source(tmp_path / "source", **FAMILIES[family]))
-    source = estimates.read(store.manifest("base"), base)
+    source = footprint.read(store.manifest("base"), base)
     for number, scheme in enumerate(SCHEMES):
         folder = store.quantized(scheme, f"copy-{number}")
         manifest = store.manifest(folder.name)
@@ -56,7 +57,7 @@ def test_bytes_are_within_5_percent(family: str, store: Store, tmp_path: Path) -
         measured = live_bytes(model)
         expected = estimates.quantization(source, scheme, 0, ["cpu"])
         (copy,) = expected.devices
-        (load,) = estimates.load(estimates.read(manifest, folder), ["cpu"], []).devices
+        (load,) = estimates.load(footprint.read(manifest, folder), ["cpu"], []).devices
         assert expected.disk_bytes == pytest.approx(manifest.disk_bytes, rel=0.05), scheme
         assert copy.live_bytes == pytest.approx(measured, rel=0.05), scheme
         assert load.live_bytes == pytest.approx(measured, rel=0.05), scheme
@@ -66,7 +67,7 @@ def test_bytes_are_within_5_percent(family: str, store: Store, tmp_path: Path) -
 def test_gptq_checkpoints_in_fp16_are_held_as_float32(store: Store, tmp_path: Path) -> None:
     store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]), kind="fp16")
     folder = store.quantized(RtnScheme())
-    headers = estimates.read(store.manifest("small"), folder)
+    headers = footprint.read(store.manifest("small"), folder)
     model = place(folder, "cpu")
     assert headers.live_bytes("cpu") == pytest.approx(live_bytes(model), rel=0.05)
     assert headers.shape.kv_bytes_per_token("cpu") == 2 * headers.shape.kv_bytes_per_token("cuda:0")
@@ -74,7 +75,7 @@ def test_gptq_checkpoints_in_fp16_are_held_as_float32(store: Store, tmp_path: Pa
 
 def test_more_calibration_takes_longer_and_more_memory(store: Store, tmp_path: Path) -> None:
     base = store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]))
-    source = estimates.read(store.manifest("base"), base)
+    source = footprint.read(store.manifest("base"), base)
     few, many = (
         estimates.quantization(source, RtnScheme(), tokens, ["cpu"]).devices[0]
         for tokens in (1 << 10, 1 << 24)
@@ -87,7 +88,7 @@ def test_more_calibration_takes_longer_and_more_memory(store: Store, tmp_path: P
 def test_layers_that_a_scheme_cannot_take_are_named(store: Store, tmp_path: Path) -> None:
     sizes = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1}
     base = store.imported(random_source(tmp_path / "source", model_type="llama", **sizes))
-    source = estimates.read(store.manifest("base"), base)
+    source = footprint.read(store.manifest("base"), base)
     for scheme in (RtnScheme(), GptqScheme(), AwqScheme(), Bnb4BitScheme(quant_type="nf4")):
         with pytest.raises(LowbitError, match="has 192 x 96") as caught:
             estimates.quantization(source, scheme, 0, ["cpu"])
@@ -99,7 +100,7 @@ def test_the_time_on_a_device_whose_speed_is_unknown_is_left_out(
     store: Store, tmp_path: Path
 ) -> None:
     base = store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]))
-    source = estimates.read(store.manifest("base"), base)
+    source = footprint.read(store.manifest("base"), base)
     cpu, cuda = estimates.quantization(source, RtnScheme(), 0, ["cpu", "cuda:0"]).devices
     assert cpu.HasField("duration")
     assert not cuda.HasField("duration")
@@ -111,5 +112,5 @@ def test_files_that_say_nothing_are_named(store: Store, tmp_path: Path) -> None:
     base = store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]))
     (base / "config.json").write_text("{}")
     with pytest.raises(LowbitError, match="base do not say") as caught:
-        estimates.read(store.manifest("base"), base)
+        footprint.read(store.manifest("base"), base)
     assert caught.value.reason is Reason.ARTIFACT_CORRUPT

@@ -9,6 +9,7 @@ from lowbit.v1.quantization_pb2 import (
     FLOAT_TYPE_BF16,
     FLOAT_TYPE_FP16,
     FLOAT_TYPE_FP32,
+    AutoScheme,
     AwqScheme,
     Bnb4BitScheme,
     FloatScheme,
@@ -36,6 +37,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "gptq": ("bits", "group_size", "desc_act", "sym", "damp"),
     "awq": ("group_size", "zero_point"),
     "rtn": ("bits", "group_size", "sym"),
+    "auto": ("max_live_bytes",),
 }
 
 NAMES: tuple[str, ...] = tuple(_OPTIONS)
@@ -67,6 +69,7 @@ def scheme(  # noqa: PLR0913 - the options of all schemes
     sym: bool | None = None,
     damp: float | None = None,
     zero_point: bool | None = None,
+    max_live_bytes: int | None = None,
     **others: object,
 ) -> Scheme:
     """Return the Scheme of a name with its options; None keeps the server's default.
@@ -82,11 +85,13 @@ def scheme(  # noqa: PLR0913 - the options of all schemes
         sym: gptq, rtn: whether the grid is symmetric around zero.
         damp: gptq: share of the mean Hessian diagonal that is added.
         zero_point: awq: whether the grid has a zero point.
+        max_live_bytes: auto: most bytes that the model may take once live; required.
         others: refused; names of older libraries are answered with what to use instead.
 
     Raises:
         ValueError: for an unknown name, or an option that the scheme does not have;
-            the message lists the allowed ones or names the replacement.
+            the message lists the allowed ones or names the replacement. For auto
+            without a budget.
 
     """
     _check(
@@ -101,6 +106,7 @@ def scheme(  # noqa: PLR0913 - the options of all schemes
         sym=sym,
         damp=damp,
         zero_point=zero_point,
+        max_live_bytes=max_live_bytes,
     )
     match name:
         case "int8":
@@ -122,6 +128,11 @@ def scheme(  # noqa: PLR0913 - the options of all schemes
             return Scheme(awq=AwqScheme(group_size=group_size, zero_point=zero_point))
         case "rtn":
             return Scheme(rtn=RtnScheme(bits=bits, group_size=group_size, sym=sym))
+        case "auto":
+            if max_live_bytes is None or max_live_bytes < 1:
+                message = "scheme 'auto' needs a budget: max_live_bytes, --budget in the shell"
+                raise ValueError(message)
+            return Scheme(auto=AutoScheme(max_live_bytes=max_live_bytes))
         case _:
             return Scheme(float=FloatScheme(type=float_type(name)))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from lowbit_server.errors import Reason
-from lowbit_server.jobs.spec import JOB_REPORT, Failed, Progress, QuantizeSpec
+from lowbit_server.jobs.spec import JOB_REPORT, Failed, Progress, QuantizeSpec, Tried
 from lowbit_server.store.sealing import disk_full_is_named
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Attempt:
         self._process: asyncio.subprocess.Process | None = None
         self._killed = False
 
-    async def run(self, on_progress: Callable[[Progress], Awaitable[None]]) -> Result:
+    async def run(self, on_report: Callable[[Progress | Tried], Awaitable[None]]) -> Result:
         """Run the process to its end and return how it ended.
 
         A process that ends without a word has failed with JOB_PROCESS_LOST.
@@ -56,7 +56,7 @@ class Attempt:
         try:
             if self._killed:
                 self.kill()
-            return await _follow(process, on_progress)
+            return await _follow(process, on_report)
         finally:
             self.kill()
             await process.wait()
@@ -71,15 +71,15 @@ class Attempt:
 
 
 async def _follow(
-    process: asyncio.subprocess.Process, on_progress: Callable[[Progress], Awaitable[None]]
+    process: asyncio.subprocess.Process, on_report: Callable[[Progress | Tried], Awaitable[None]]
 ) -> Result:
     assert process.stdout is not None  # noqa: S101 - it was asked for
     with suppress(ValueError, ValidationError):  # a report that cannot be read is no report
         async for line in process.stdout:
             report = JOB_REPORT.validate_json(line)
-            if not isinstance(report, Progress):
+            if not isinstance(report, Progress | Tried):
                 return report
-            await on_progress(report)
+            await on_report(report)
     with suppress(ProcessLookupError):
         process.kill()
     code = await process.wait()

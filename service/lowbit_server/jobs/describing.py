@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from lowbit_server.jobs.spec import ImportSpec, QuantizeSpec
+    from lowbit_server.jobs.spec import ImportSpec
     from lowbit_server.quant.quality import Quality
     from lowbit_server.quant.schemes import Scheme
 
@@ -75,7 +75,8 @@ def write_import_manifest(
 
 def write_quantized_manifest(  # noqa: PLR0913 - what a manifest tells
     folder: Path,
-    spec: QuantizeSpec,
+    name: str,
+    scheme: Scheme,
     parent: Manifest,
     files: tuple[FileEntry, ...],
     quality: Quality | None,
@@ -86,9 +87,9 @@ def write_quantized_manifest(  # noqa: PLR0913 - what a manifest tells
     Raises LowbitError(DISK_FULL).
     """
     changes = {
-        "name": spec.model,
+        "name": name,
         "revision": revision_of(files),
-        "scheme": spec.scheme,
+        "scheme": scheme,
         "files": files,
         "source": parent.name,
         "source_revision": "",

@@ -15,21 +15,23 @@ from lowbit_server.jobs.describing import library_versions
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lowbit_server.jobs.spec import QuantizeSpec
+    from lowbit_server.quant.schemes import RequestedScheme
     from lowbit_server.store.manifest import Manifest
 
 # Those of a manifest that only read and write files change no bit.
 _LIBRARIES = ("lowbit-server", "torch", "transformers", "bitsandbytes")
 
 
-def fingerprint(spec: QuantizeSpec, source: Manifest, samples: str) -> Mapping[str, str]:
+def fingerprint(
+    scheme: RequestedScheme, device: str, source: Manifest, samples: str
+) -> Mapping[str, str]:
     """Return name and value of everything that decides a job's weights, but for threads.
 
     `samples` is the digest of the calibration samples, empty where there are none.
     """
     versions = library_versions()
-    found = {"source": source.revision, "device": spec.device, "processor": _processor(spec.device)}
-    found |= {f"scheme.{name}": str(value) for name, value in spec.scheme}
+    found = {"source": source.revision, "device": device, "processor": _processor(device)}
+    found |= {f"scheme.{name}": str(value) for name, value in scheme}
     found["calibration"] = samples
     return found | {name: versions[name] for name in _LIBRARIES if name in versions}
 

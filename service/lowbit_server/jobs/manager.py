@@ -19,7 +19,7 @@ import structlog
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.attempt import Attempt
 from lowbit_server.jobs.records import ENDED, Job, JobState, JobStore, now
-from lowbit_server.jobs.spec import Failed, JobSpec, Measured, Progress, Result
+from lowbit_server.jobs.spec import Failed, JobSpec, Measured, Progress, Result, Tried
 from lowbit_server.quant import gate
 from lowbit_server.signals import Changed
 
@@ -246,17 +246,22 @@ class JobManager:
             return JobState.CANCELLED, None
         await self._change(job, state=JobState.RUNNING, queue_position=0, start_time=now())
         await self._renumber(job.spec.device)
-        finished = lost = 0
+        finished = len(job.trials), 0  # of several candidates, each begins with its first block
+        lost = 0
 
-        async def on_progress(progress: Progress) -> None:
+        async def on_report(report: Progress | Tried) -> None:
             nonlocal finished
-            if progress.phase == "quantize":
-                finished = max(finished, progress.done)
-            await self._change(self._active[job_id], progress=progress)
+            if isinstance(report, Tried):
+                finished = len(report.trials), 0
+                await self._change(self._active[job_id], trials=report.trials)
+                return
+            if report.phase == "quantize":
+                finished = max(finished, (finished[0], report.done))
+            await self._change(self._active[job_id], progress=report)
 
         while True:
             before = finished
-            state, error = await self._attempt(job_id, on_progress)
+            state, error = await self._attempt(job_id, on_report)
             if error is None or error.reason is not Reason.JOB_PROCESS_LOST:
                 return state, error
             lost = 0 if finished > before else lost + 1
@@ -265,7 +270,7 @@ class JobManager:
             log.warning("job process lost, another one goes on", job=job_id, error=error.message)
 
     async def _attempt(
-        self, job_id: str, on_progress: Callable[[Progress], Awaitable[None]]
+        self, job_id: str, on_report: Callable[[Progress | Tried], Awaitable[None]]
     ) -> tuple[JobState, Failed | None]:
         """Run one process of a job and publish what it staged."""
         job = self._active[job_id]
@@ -273,7 +278,7 @@ class JobManager:
             return JobState.CANCELLED, None
         attempt = self._attempts[job_id] = Attempt(self._config, job)
         try:
-            result = await attempt.run(on_progress)
+            result = await attempt.run(on_report)
             if self._active[job_id].state is JobState.CANCELLING:
                 return JobState.CANCELLED, None
             return await self._take(result, job_id)

@@ -24,6 +24,7 @@ from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.context import Context
 from lowbit_server.jobs.report import Reporter, peak_memory_bytes
 from lowbit_server.jobs.spec import JOB_SPEC, EvaluateSpec, Failed, ImportSpec, Staged
+from lowbit_server.quant.schemes import AutoScheme
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,6 +115,11 @@ def _run(spec: JobSpec, context: Context) -> Staged | Measured:
         from lowbit_server.jobs.evaluating import evaluate_model  # noqa: PLC0415
 
         return evaluate_model(spec, context)
+    if isinstance(spec.scheme, AutoScheme):
+        from lowbit_server.jobs.auto import quantize_within_budget  # noqa: PLC0415
+
+        quantize_within_budget(spec, context)
+        return Staged()
     from lowbit_server.jobs.quantizing import quantize_model  # noqa: PLC0415
 
     quantize_model(spec, context)

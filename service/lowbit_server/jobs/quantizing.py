@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +15,10 @@ from lowbit_server.quant import gate, gptqmodel_provider, registry
 from lowbit_server.quant.calibration import draw
 from lowbit_server.quant.casting import FLOAT_TYPES, cast, type_name
 from lowbit_server.quant.foreign import foreign_scheme
+from lowbit_server.quant.gptq import GptqMethod
 from lowbit_server.quant.layout import blocks, linear_layers
 from lowbit_server.quant.methods import method
-from lowbit_server.quant.schemes import AwqScheme, FloatScheme, GptqScheme
+from lowbit_server.quant.schemes import AutoScheme, AwqScheme, FloatScheme, GptqScheme
 from lowbit_server.quant.text import check_apart, evaluation_text
 from lowbit_server.store.checkpoint import Checkpoint
 from lowbit_server.store.sealing import disk_full_is_named, seal_files
@@ -29,11 +31,43 @@ if TYPE_CHECKING:
     from lowbit_server.jobs.context import Context
     from lowbit_server.jobs.spec import QuantizeSpec
     from lowbit_server.quant.calibration import Samples
+    from lowbit_server.quant.evaluation import Windows
     from lowbit_server.quant.method import Method
-    from lowbit_server.store.manifest import Manifest
+    from lowbit_server.quant.quality import Quality
+    from lowbit_server.quant.schemes import Scheme
+    from lowbit_server.store.manifest import FileEntry, Manifest
 
 # A 4-bit layer is stored as six tensors, weight and scales.
 _TENSORS_PER_LINEAR = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a job reads, whatever scheme it makes."""
+
+    source: Path
+    """Folder of the model."""
+    parent: Manifest
+    samples: Samples | None
+    """What calibrated methods see."""
+    windows: Windows | None
+    """What the result is measured on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A copy in the staging folder, sealed, without a manifest."""
+
+    files: tuple[FileEntry, ...]
+    calibration_digest: str
+    """Empty for a scheme that uses no calibration text."""
+    losses: tuple[float, ...] = ()
+    """What GPTQ lost in each decoder layer; empty for other methods."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size on disk."""
+        return sum(file.bytes for file in self.files)
 
 
 def quantize_model(spec: QuantizeSpec, context: Context) -> None:
@@ -42,44 +76,97 @@ def quantize_model(spec: QuantizeSpec, context: Context) -> None:
     Raises LowbitError: MODEL_NOT_FOUND, SCHEME_UNAVAILABLE, INVALID_FIELD, DISK_FULL,
     CHECKPOINT_MISMATCH, QUALITY_GATE_FAILED, ...
     """
+    assert not isinstance(spec.scheme, AutoScheme)  # noqa: S101  (see `jobs.auto`)
+    inputs = gather(spec, context)
+    made = make(spec.scheme, spec, inputs, context)
+    quality = measured(made, spec, inputs, context)
+    if spec.gate is not None and not spec.gate.keep_artifact:
+        gate.check(spec.gate, quality, made.disk_bytes)
+    describe(made, spec.scheme, spec, inputs, quality, context)
+
+
+def gather(spec: QuantizeSpec, context: Context) -> Inputs:
+    """Read the source's manifest and the texts, and check that these are apart.
+
+    Raises LowbitError: MODEL_NOT_FOUND, INVALID_FIELD, SOURCE_NOT_FOUND.
+    """
     source = context.models / spec.source
     parent = read_manifest(source, spec.source)
-    registry.check(spec.scheme, parent, spec.device, gptqmodel=spec.provider == "gptqmodel")
-    assert isinstance(parent.scheme, FloatScheme)  # noqa: S101  (just checked)
-    staging = context.staging
-    with disk_full_is_named(staging.parent):
-        staging.mkdir(mode=0o700)
+    registry.check_source(parent)
     held_out = evaluation_text(spec.evaluation) if spec.evaluation else ""
-    samples = None
+    samples = windows = None
     if spec.calibration is not None:
         context.reporter.phase("calibrate")
         samples = draw(spec.calibration, source, parent.context_tokens)
         check_apart(samples.text, held_out)
+    if spec.evaluation is not None:
+        windows = cut_text(held_out, source, spec.evaluation)
+    return Inputs(source, parent, samples, windows)
+
+
+def make(scheme: Scheme, spec: QuantizeSpec, inputs: Inputs, context: Context) -> Made:
+    """Fill the staging folder with a copy in a scheme.
+
+    Raises LowbitError: SCHEME_UNAVAILABLE, INVALID_FIELD, DISK_FULL, CHECKPOINT_MISMATCH, ...
+    """
+    source, parent, samples = inputs.source, inputs.parent, inputs.samples
+    staging = context.staging
+    registry.check(scheme, parent, spec.device, gptqmodel=spec.provider == "gptqmodel")
+    assert isinstance(parent.scheme, FloatScheme)  # noqa: S101  (just checked)
+    with disk_full_is_named(staging.parent):
+        staging.mkdir(mode=0o700)
     # What the result is stored in where it is not quantized.
-    kept = spec.scheme if isinstance(spec.scheme, FloatScheme) else parent.scheme
+    kept = scheme if isinstance(scheme, FloatScheme) else parent.scheme
     digest = samples.digest if samples else ""
+    losses: tuple[float, ...] = ()
     quantization: dict[str, Any] | None
     if spec.provider == "gptqmodel":
         assert samples is not None  # noqa: S101  (its schemes are calibrated)
-        quantization = _with_gptqmodel(spec, source, samples, context)
+        quantization = _with_gptqmodel(scheme, source, samples, context)
     else:
-        chosen = method(spec.scheme, spec.device, source, samples)
-        depends_on = fingerprint(spec, parent, digest)
+        chosen = method(scheme, spec.device, source, samples)
+        depends_on = fingerprint(scheme, spec.device, parent, digest)
         checkpoint = Checkpoint(context.checkpoint, depends_on, threads=torch.get_num_threads())
         torch.set_num_threads(checkpoint.threads)
         _stream(source, chosen, kept, checkpoint, context)
         quantization = chosen.quantization_config()
+        if isinstance(chosen, GptqMethod):
+            losses = chosen.losses
     _describe_weights(source, staging, quantization, kept)
     _copy_rest(source, staging, parent)
-    files = seal_files(staging)
-    quality = None
-    if spec.evaluation is not None:
-        made = Subject(staging, parent.model_copy(update={"files": files}))
-        windows = cut_text(held_out, source, spec.evaluation)
-        quality = measure(made, Subject(source, parent), windows, spec.device, context)
-    if spec.gate is not None and not spec.gate.keep_artifact:
-        gate.check(spec.gate, quality, sum(file.bytes for file in files))
-    write_quantized_manifest(staging, spec, parent, files, quality, digest)
+    return Made(seal_files(staging), digest, losses)
+
+
+def measured(made: Made, spec: QuantizeSpec, inputs: Inputs, context: Context) -> Quality | None:
+    """Measure what is in the staging folder, unless that is switched off.
+
+    Raises LowbitError as `measure` does.
+    """
+    if inputs.windows is None:
+        return None
+    own = Subject(context.staging, inputs.parent.model_copy(update={"files": made.files}))
+    base = Subject(inputs.source, inputs.parent)
+    return measure(own, base, inputs.windows, spec.device, context)
+
+
+def describe(  # noqa: PLR0913 - what a manifest tells
+    made: Made,
+    scheme: Scheme,
+    spec: QuantizeSpec,
+    inputs: Inputs,
+    quality: Quality | None,
+    context: Context,
+) -> None:
+    """Write the manifest of what is in the staging folder; raises LowbitError(DISK_FULL)."""
+    write_quantized_manifest(
+        context.staging,
+        spec.model,
+        scheme,
+        inputs.parent,
+        made.files,
+        quality,
+        made.calibration_digest,
+    )
 
 
 def _stream(
@@ -117,15 +204,15 @@ def _stream(
 
 
 def _with_gptqmodel(
-    spec: QuantizeSpec, source: Path, samples: Samples, context: Context
+    scheme: Scheme, source: Path, samples: Samples, context: Context
 ) -> dict[str, Any]:
     """Fill the staging folder with what gptqmodel saves; return what it says about it."""
-    assert isinstance(spec.scheme, GptqScheme | AwqScheme)  # noqa: S101  (the front chose)
+    assert isinstance(scheme, GptqScheme | AwqScheme)  # noqa: S101  (the front chose)
     context.reporter.phase("quantize", read_json(source / CONFIG_FILE)["num_hidden_layers"])
     # Inside the staging folder, so that it goes with it when the job is killed.
     made = context.staging / "gptqmodel"
     gptqmodel_provider.quantize(
-        spec.scheme, source, samples.ids, made, lambda done: context.reporter.progress(done, 0)
+        scheme, source, samples.ids, made, lambda done: context.reporter.progress(done, 0)
     )
     quantization: dict[str, Any] = read_json(made / CONFIG_FILE)["quantization_config"]
     with TensorReader(shards(made)) as reader:

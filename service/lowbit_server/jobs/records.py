@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict
 
 from lowbit_server.errors import LowbitError, Reason
-from lowbit_server.jobs.spec import Failed, JobSpec, Progress
+from lowbit_server.jobs.spec import Failed, JobSpec, Progress, Trial
 from lowbit_server.quant.quality import Quality
 from lowbit_server.store.database import job_events, jobs
 
@@ -60,6 +60,8 @@ class Job(BaseModel):
     error: Failed | None = None
     quality: Quality | None = None
     """What was measured, once it has ended."""
+    trials: tuple[Trial, ...] = ()
+    """What scheme `auto` has tried."""
     request_id: str = ""
     queue_position: int = 0
     """Place among the jobs that wait for its device, from 1; 0 once it runs."""

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from lowbit_server.errors import Reason
 from lowbit_server.quant.quality import Quality
-from lowbit_server.quant.schemes import FloatType, Provider, Scheme
+from lowbit_server.quant.schemes import FloatType, Provider, RequestedScheme
 
 
 class _Record(BaseModel):
@@ -103,7 +103,7 @@ class QuantizeSpec(_Record):
     """Name of the new model."""
     source: str
     """Name of the model in the store that it is made from."""
-    scheme: Scheme
+    scheme: RequestedScheme
     device: str
     provider: Provider = "own"
     calibration: CalibrationSpec | None = None
@@ -172,6 +172,26 @@ class Progress(_Record):
     peak_memory_bytes: int = 0
 
 
+class Trial(_Record):
+    """One candidate of scheme `auto`."""
+
+    scheme: str
+    """Its name and options, such as "gptq bits=4 group_size=64"."""
+    live_bytes: int = 0
+    """Measured; estimated where it was not made, 0 where it cannot be."""
+    quality: Quality | None = None
+    """None where it was not made."""
+    verdict: str
+    """Why it was chosen or not."""
+
+
+class Tried(_Record):
+    """What scheme `auto` has tried so far."""
+
+    kind: Literal["tried"] = "tried"
+    trials: tuple[Trial, ...]
+
+
 class Failed(_Record):
     """The job cannot be done."""
 
@@ -195,5 +215,5 @@ class Measured(_Record):
 
 Result: TypeAlias = Failed | Staged | Measured
 """How a job's process ends."""
-JobReport: TypeAlias = Annotated[Progress | Result, Field(discriminator="kind")]
-JOB_REPORT: TypeAdapter[Progress | Result] = TypeAdapter(JobReport)
+JobReport: TypeAlias = Annotated[Progress | Tried | Result, Field(discriminator="kind")]
+JOB_REPORT: TypeAdapter[Progress | Tried | Result] = TypeAdapter(JobReport)

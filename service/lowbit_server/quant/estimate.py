@@ -23,7 +23,7 @@ from lowbit_server.quant.schemes import (
 from lowbit_server.store.headers import DTYPE_BITS, TensorEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from lowbit_server.quant.schemes import FloatType, Scheme
 
@@ -99,10 +99,12 @@ def linear_names(entries: Entries) -> list[str]:
 def quantized(entries: Entries, scheme: Scheme) -> dict[str, TensorEntry]:
     """Return the tensors that a floating-point checkpoint has once it is in a scheme.
 
-    Raises LowbitError(INVALID_FIELD) for a layer that the scheme's layout cannot take.
+    Raises LowbitError(INVALID_FIELD) for a layer that the scheme's layout cannot take, or
+    bits of a decoder layer that does not exist.
     """
     found: dict[str, TensorEntry] = {}
     linears = set() if isinstance(scheme, FloatScheme) else set(linear_names(entries))
+    _check_layers(linears, scheme)
     for name, entry in entries.items():
         if name in linears:
             rows, columns = entry.shape
@@ -145,6 +147,19 @@ def live_bytes(entries: Entries, scheme: Scheme, shape: Shape, device: str) -> i
         elif entry.dtype == "I8":
             total += entry.bytes
     return total
+
+
+def _check_layers(linears: Iterable[str], scheme: Scheme) -> None:
+    if not isinstance(scheme, GptqScheme):
+        return
+    numbers = {int(match[1]) for name in linears if (match := _LAYER.match(name))}
+    given = [one.layer for one in scheme.layers]
+    if wrong := sorted({one for one in given if one not in numbers or given.count(one) > 1}):
+        raise invalid(
+            "scheme.gptq.layers",
+            f"the decoder layers are 0 to {max(numbers, default=-1)}, each named once; "
+            f"wrong is {wrong[0]}",
+        )
 
 
 def _check_shape(name: str, rows: int, columns: int, scheme: Scheme) -> None:

@@ -40,6 +40,12 @@ class GptqMethod(Calibrated):
         super().__init__(source, samples, device)
         self._scheme = scheme
         self._bits = {layer.layer: layer.bits for layer in scheme.layers}
+        self._losses: list[float] = []
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """How much each finished layer lost: its linear layers' relative output errors, added."""
+        return tuple(self._losses)
 
     def check(self, linears: Sequence[Linear]) -> None:
         """Raise INVALID_FIELD that names a layer whose shape the layout cannot take."""
@@ -52,22 +58,42 @@ class GptqMethod(Calibrated):
             config["dynamic"] = overrides(self._scheme.layers)
         return config
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the hidden states and the losses."""
+        return super().state() | {"losses": torch.tensor(self._losses, dtype=torch.float64)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from the state behind a block."""
+        super().restore(state)
+        self._losses = state["losses"].tolist()
+
     def _layer(self, number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         bits = self._bits.get(number, self._scheme.bits)
         layer = self._decoder.layer(number, tensors)
         converted = dict(tensors)
-        for names, gram in self._stages(layer):
+        loss = 0.0
+        for names, inputs in self._stages(layer):
+            gram = inputs.mean()
             weight = stacked(names, tensors).to(self._device)
-            whole = quantize(weight, gram.mean(), bits, self._scheme)
+            whole = quantize(weight, gram, bits, self._scheme)
             rows = [len(converted.pop(f"{linear}.weight")) for linear in names]
+            served = []
             for linear, *parts in zip(
                 names, *(torch.split(one, rows, 1) for one in whole), strict=True
             ):
                 packed = PackedLinear.of(bits, *parts)
                 check_finite(f"model.layers.{number}.{linear}.weight", packed.scales)
                 converted |= packed.tensors(linear)
-                layer.replace(linear, packed.dequantized(ACTIVATIONS))
+                served.append(packed.dequantized(ACTIVATIONS))
+                layer.replace(linear, served[-1])
+            loss += _energy(weight - torch.cat(served), gram) / _energy(weight, gram)
+        self._losses.append(loss)
         return converted
+
+
+def _energy(weight: Tensor, gram: Tensor) -> float:
+    """Return the mean square of a weight's outputs (out, in) for inputs of a Gram matrix."""
+    return float(((weight @ gram) * weight).sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def quantize(

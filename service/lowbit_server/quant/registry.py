@@ -103,6 +103,11 @@ def schemes() -> tuple[SchemeInfo, ...]:
     return _SCHEMES
 
 
+def follows(source: Manifest) -> bool:
+    """Return whether our own calibrated methods know a model's architecture."""
+    return source.architecture in OWN_ARCHITECTURES
+
+
 def is_calibrated(scheme: Scheme) -> bool:
     """Return whether a scheme uses calibration text."""
     return any(info.calibrated for info in _SCHEMES if info.name == scheme.name)
@@ -110,8 +115,7 @@ def is_calibrated(scheme: Scheme) -> bool:
 
 def provider(scheme: Scheme, source: Manifest) -> Provider:
     """Return whose code quantizes a model with a scheme."""
-    known = not is_calibrated(scheme) or source.architecture in OWN_ARCHITECTURES
-    return "own" if known else "gptqmodel"
+    return "own" if not is_calibrated(scheme) or follows(source) else "gptqmodel"
 
 
 def check(scheme: Scheme, source: Manifest, device: str, *, gptqmodel: bool) -> None:

@@ -121,7 +121,32 @@ class ScriptedScheme(_Options):
         return "scripted"
 
 
+class AutoScheme(_Options):
+    """A wish, which no model is stored in: the least loss that fits a budget."""
+
+    kind: Literal["auto"] = "auto"
+    max_live_bytes: int
+    """Most bytes that the model may take once live."""
+
+    @property
+    def name(self) -> str:
+        """The scheme's name."""
+        return "auto"
+
+
 Scheme: TypeAlias = Annotated[
     FloatScheme | Int8Scheme | Bnb4BitScheme | GptqScheme | AwqScheme | RtnScheme | ScriptedScheme,
     Field(discriminator="kind"),
 ]
+RequestedScheme: TypeAlias = Annotated[Scheme | AutoScheme, Field(discriminator="kind")]
+"""What a job may be asked for."""
+
+
+def describe(scheme: Scheme) -> str:
+    """Return a scheme's name and what its size depends on, such as "gptq bits=4 group_size=64"."""
+    words = [scheme.name]
+    words += [f"{name}={value}" for name, value in scheme if name in {"bits", "group_size"}]
+    if isinstance(scheme, GptqScheme) and scheme.layers:
+        layers = ",".join(f"{one.layer}:{one.bits}" for one in scheme.layers)
+        words.append(f"layers={layers}")
+    return " ".join(words)

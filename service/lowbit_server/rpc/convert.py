@@ -19,11 +19,13 @@ from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.spec import GateSpec
 from lowbit_server.pool.replica import ReplicaState
 from lowbit_server.quant.schemes import (
+    AutoScheme,
     AwqScheme,
     Bnb4BitScheme,
     FloatScheme,
     GptqScheme,
     Int8Scheme,
+    LayerBits,
     RtnScheme,
     ScriptedScheme,
 )
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from lowbit_server.pool.replica import Replica
     from lowbit_server.pool.worker import Worker
     from lowbit_server.quant.quality import Quality
-    from lowbit_server.quant.schemes import FloatType, Scheme
+    from lowbit_server.quant.schemes import FloatType, RequestedScheme, Scheme
     from lowbit_server.store.manifest import Ancestor, FileEntry, Manifest
 
 _FLOATS: dict[quantization_pb2.FloatType.ValueType, FloatType] = {
@@ -64,7 +66,7 @@ def float_type(value: quantization_pb2.FloatType.ValueType) -> FloatType | None:
     return _FLOATS.get(value)
 
 
-def scheme(message: quantization_pb2.Scheme) -> Scheme:
+def scheme(message: quantization_pb2.Scheme) -> RequestedScheme:
     """Return the scheme with every default resolved; the message has been validated."""
     kind = message.WhichOneof("kind")
     match kind:
@@ -82,13 +84,17 @@ def scheme(message: quantization_pb2.Scheme) -> Scheme:
             )
         case "gptq":
             fields = ("bits", "group_size", "desc_act", "sym", "damp")
-            return GptqScheme(**_given(message.gptq, *fields))
+            layers = tuple(
+                LayerBits.model_validate({"layer": one.layer, "bits": one.bits})
+                for one in message.gptq.layers
+            )
+            return GptqScheme(**_given(message.gptq, *fields), layers=layers)
         case "awq":
             return AwqScheme(**_given(message.awq, "group_size", "zero_point"))
         case "rtn":
             return RtnScheme(**_given(message.rtn, "bits", "group_size", "sym"))
         case "auto":
-            raise not_implemented("scheme.auto")
+            return AutoScheme(max_live_bytes=message.auto.max_live_bytes)
         case None:
             raise AssertionError  # required by the message's own rules
         case _:
@@ -239,6 +245,15 @@ def job(record: Job) -> job_pb2.Job:
         request_id=record.request_id,
         sequence=record.sequence,
         quality=quality(record.quality) if record.quality else None,
+        trials=[
+            quality_pb2.Trial(
+                scheme=trial.scheme,
+                live_bytes=trial.live_bytes,
+                quality=quality(trial.quality) if trial.quality else None,
+                verdict=trial.verdict,
+            )
+            for trial in record.trials
+        ],
         resumable=not record.not_resumable,
         device=spec.device,
     )

@@ -10,6 +10,7 @@ from lowbit.v1.model_pb2_grpc import ModelServiceServicer
 from lowbit_server.errors import LowbitError, Reason, invalid
 from lowbit_server.jobs.spec import ImportSpec
 from lowbit_server.pool.replica import Replica, ReplicaState
+from lowbit_server.quant import footprint
 from lowbit_server.rpc import convert, estimates
 from lowbit_server.store import sources
 
@@ -140,7 +141,7 @@ class ModelService(ModelServiceServicer):
     ) -> pb.EstimateLoadResponse:
         """Say what a model would take on each device, from its headers."""
         manifest = self._catalog.resolve(request.model)
-        headers = await asyncio.to_thread(estimates.read, manifest, self._catalog.path(manifest))
+        headers = await asyncio.to_thread(footprint.read, manifest, self._catalog.path(manifest))
         return estimates.load(headers, self._config.devices, self._pool.workers)
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
@@ -168,7 +169,7 @@ class ModelService(ModelServiceServicer):
     def _needed_bytes(self, manifest: Manifest, device: str) -> int:
         """Estimate what a replica takes on its device, or on the one where it takes most."""
         try:
-            headers = estimates.read(manifest, self._catalog.path(manifest))
+            headers = footprint.read(manifest, self._catalog.path(manifest))
         except LowbitError:  # a scripted model, or files whose load will say what is wrong
             return manifest.disk_bytes
         devices = [device] if device else self._config.devices

@@ -9,8 +9,8 @@ from lowbit.v1 import quantization_pb2 as pb
 from lowbit.v1.quantization_pb2_grpc import QuantizationServiceServicer
 from lowbit_server.errors import LowbitError, Reason, invalid
 from lowbit_server.jobs.spec import CalibrationSpec, EvaluateSpec, EvaluationSpec, QuantizeSpec
-from lowbit_server.quant import hub_text, registry
-from lowbit_server.quant.schemes import ScriptedScheme
+from lowbit_server.quant import footprint, hub_text, ladder, registry
+from lowbit_server.quant.schemes import AutoScheme, GptqScheme, ScriptedScheme
 from lowbit_server.rpc import convert, estimates
 from lowbit_server.store import sources
 from lowbit_server.tokenizer import same_vocabulary
@@ -18,7 +18,7 @@ from lowbit_server.tokenizer import same_vocabulary
 if TYPE_CHECKING:
     from lowbit_server.config import Config
     from lowbit_server.jobs.manager import JobManager
-    from lowbit_server.quant.schemes import Scheme
+    from lowbit_server.quant.schemes import RequestedScheme, Scheme
     from lowbit_server.rpc.context import Context
     from lowbit_server.scheduler import Scheduler
     from lowbit_server.store.catalog import Catalog
@@ -44,11 +44,17 @@ class QuantizationService(QuantizationServiceServicer):
         source = self._catalog.resolve(request.source)
         scheme = convert.scheme(request.scheme)
         device = self._device(request.device)
-        registry.check(scheme, source, device, gptqmodel=self._gptqmodel)
-        calibration = await self._calibration(
-            request.calibration, scheme, source, given=request.HasField("calibration")
-        )
         gate = convert.gate(request.gate) if request.HasField("gate") else None
+        if isinstance(scheme, AutoScheme):
+            await self._check_auto(request, scheme, source, device)
+            calibrated = registry.follows(source)
+        else:
+            registry.check(scheme, source, device, gptqmodel=self._gptqmodel)
+            if isinstance(scheme, GptqScheme) and scheme.layers:
+                folder = self._catalog.path(source)
+                await asyncio.to_thread(lambda: footprint.read(source, folder).copied(scheme))
+            calibrated = registry.is_calibrated(scheme)
+        calibration = await self._calibration(request, source, scheme, calibrated=calibrated)
         if request.skip_evaluation:
             for field, given in (
                 ("evaluation", request.HasField("evaluation")),
@@ -64,7 +70,7 @@ class QuantizationService(QuantizationServiceServicer):
             source=source.name,
             scheme=scheme,
             device=device,
-            provider=registry.provider(scheme, source),
+            provider="own" if isinstance(scheme, AutoScheme) else registry.provider(scheme, source),
             calibration=calibration,
             evaluation=evaluation,
             gate=gate,
@@ -108,15 +114,16 @@ class QuantizationService(QuantizationServiceServicer):
         """Say what a copy would take, from the source's headers; nothing is started."""
         source = self._catalog.resolve(request.source)
         scheme = convert.scheme(request.scheme)
+        if isinstance(scheme, AutoScheme):
+            raise invalid("scheme", "auto tries several schemes: estimate those of interest")
         registry.check_source(source)
-        calibration = await self._calibration(
-            request.calibration, scheme, source, given=request.HasField("calibration")
-        )
+        calibrated = registry.is_calibrated(scheme)
+        calibration = await self._calibration(request, source, scheme, calibrated=calibrated)
         tokens = calibration.samples * calibration.sequence_tokens if calibration else 0
         folder = self._catalog.path(source)
 
         def answer() -> pb.EstimateQuantizationResponse:
-            headers = estimates.read(source, folder)
+            headers = footprint.read(source, folder)
             return estimates.quantization(headers, scheme, tokens, self._config.devices)
 
         return await asyncio.to_thread(answer)
@@ -137,12 +144,45 @@ class QuantizationService(QuantizationServiceServicer):
         job = await self._jobs.submit(spec, request.request_id, validate_only=False)
         return pb.EvaluateResponse(job=convert.job(job))
 
+    async def _check_auto(
+        self, request: pb.QuantizeRequest, scheme: AutoScheme, source: Manifest, device: str
+    ) -> None:
+        """Check that the scheme can be chosen by what is measured, and that one would fit."""
+        registry.check_source(source)
+        if request.skip_evaluation:
+            raise invalid("skip_evaluation", "cannot go with scheme auto, which has to measure")
+        if request.gate.keep_artifact:
+            reason = "cannot go with scheme auto: quantize with the scheme of a trial to keep it"
+            raise invalid("gate.keep_artifact", reason)
+        disk_bytes = request.gate.max_bytes if request.gate.HasField("max_bytes") else None
+        limits = ladder.Limits(scheme.max_live_bytes, disk_bytes)
+        folder = self._catalog.path(source)
+
+        def check() -> None:
+            headers = footprint.read(source, folder)
+
+            def size(one: Scheme) -> footprint.Size:
+                registry.check(one, source, device, gptqmodel=False)
+                return headers.copied(one).size(device)
+
+            calibrated = registry.follows(source)
+            found = ladder.candidates(size, limits, calibrated=calibrated, losses={})
+            ladder.check(found, limits)
+
+        await asyncio.to_thread(check)
+
     async def _calibration(
-        self, message: pb.Calibration, scheme: Scheme, source: Manifest, *, given: bool
+        self,
+        request: pb.QuantizeRequest | pb.EstimateQuantizationRequest,
+        source: Manifest,
+        scheme: RequestedScheme,
+        *,
+        calibrated: bool,
     ) -> CalibrationSpec | None:
         """Return what a scheme is calibrated with: by default the built-in text."""
-        if not registry.is_calibrated(scheme):
-            if given:
+        message = request.calibration
+        if not calibrated:
+            if request.HasField("calibration"):
                 raise invalid("calibration", f"scheme {scheme.name} uses no calibration text")
             return None
         numbers = _given(message, "samples", "sequence_tokens", "seed")

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.store.manifest import FileEntry
-from lowbit_server.store.sealing import disk_full_is_named, seal_files, sync
+from lowbit_server.store.sealing import disk_full_is_named, replace_file, seal_files, sync
 from lowbit_server.store.tensors import TensorReader, TensorWriter
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Checkpoint:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = _read(folder)
         if found is not None:
-            _compare(found.fingerprint, fingerprint)
+            compare(found.fingerprint, fingerprint)
         if found is None or not self._is_whole(found):
             found = _Record(fingerprint=dict(fingerprint), threads=threads)
         self._record = found
@@ -104,7 +104,8 @@ class Checkpoint:
         blocks = (*self._record.blocks, block)
         record = self._record.model_copy(update={"blocks": blocks, "state": part})
         with disk_full_is_named(self._folder):
-            _replace(self._folder, record)
+            sealed = _Sealed(sha256=_digest(record), record=record)
+            replace_file(self._folder / CHECKPOINT_FILE, sealed.model_dump_json())
         self._record = record
         if number:
             shutil.rmtree(self._state(number - 1), ignore_errors=True)
@@ -169,16 +170,6 @@ def _read(folder: Path) -> _Record | None:
     return sealed.record if sealed.sha256 == _digest(sealed.record) else None
 
 
-def _replace(folder: Path, record: _Record) -> None:
-    part = folder / f"{CHECKPOINT_FILE}.part"
-    part.write_text(_Sealed(sha256=_digest(record), record=record).model_dump_json())
-    sync(part)
-    # Names of the block's folder and of this file reach the disk before the new record.
-    sync(folder)
-    part.replace(folder / CHECKPOINT_FILE)
-    sync(folder)
-
-
 def _digest(record: _Record) -> str:
     return hashlib.sha256(record.model_dump_json().encode()).hexdigest()
 
@@ -195,7 +186,8 @@ def _shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _compare(found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+def compare(found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    """Raise CHECKPOINT_MISMATCH that names how two fingerprints differ, if they do."""
     fields = [
         name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)
     ]

@@ -101,6 +101,19 @@ def check_files(folder: Path, manifest: Manifest, *, digests: bool) -> None:
             )
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a file, or nothing of it: the old one is there until the new one is durable.
+
+    Whatever else is in its folder by then reaches the disk before it.
+    """
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    sync(part)
+    sync(path.parent)
+    part.replace(path)
+    sync(path.parent)
+
+
 def sync(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

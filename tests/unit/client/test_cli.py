@@ -29,6 +29,7 @@ from lowbit.v1.job_pb2 import (
     Job,
     JobError,
     JobProgress,
+    JobState,
     ListJobsResponse,
     ResumeJobResponse,
     WatchJobResponse,
@@ -97,6 +98,8 @@ def test_no_server_is_one_line_too(run: Run) -> None:
         (["generate", "m", "p", "--temperature", "hot"], "'--temperature'"),
         (["quantize", "a", "b", "--scheme", "int3"], "allowed are fp32"),
         (["quantize", "a", "b", "--scheme", "int8", "--double-quant"], "no option double_quant"),
+        (["quantize", "a", "b", "--scheme", "auto"], "'auto' needs a budget"),
+        (["quantize", "a", "b", "--scheme", "auto", "--budget", "much"], "is no size"),
         ([*GPTQ, "--calibration-text", "a", "--calibration-dataset", "c4"], "not both"),
         ([*GPTQ, "--calibration-field", "text"], "give its path"),
         ([*GPTQ, "--calibration-samples", "-1"], "-1"),
@@ -279,6 +282,47 @@ def test_quantize_takes_the_options_of_rtn(server: FakeServer, run: Run) -> None
     assert request.scheme == quantization.Scheme(
         rtn=quantization.RtnScheme(bits=3, group_size=-1, sym=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [("7", 7), ("7B", 7), ("120MB", 120_000_000), ("1.5 GiB", 3 << 29), ("0.29KB", 290)],
+)
+def test_a_budget_has_a_unit(server: FakeServer, run: Run, written: str, size: int) -> None:
+    server.on["Quantize"] = lambda *_: quantization.QuantizeResponse(job=JOB)
+    code, _, err = run("quantize", "a", "m", "--scheme", "auto", "--budget", written, "--no-wait")
+    assert code == 0, err
+    (request,) = server.requests("Quantize")
+    assert request.scheme.auto.max_live_bytes == size
+
+
+@pytest.mark.parametrize("state", [JOB_STATE_SUCCEEDED, JOB_STATE_FAILED])
+def test_what_auto_has_tried_is_a_table_or_json(
+    server: FakeServer, run: Run, state: JobState.ValueType
+) -> None:
+    report = quality_pb2.QualityReport(mean_kl=0.1234, top1_agreement=0.75)
+    trials = [
+        quality_pb2.Trial(scheme="int8", live_bytes=3 << 20, verdict="not made: too large"),
+        quality_pb2.Trial(scheme="nf4", live_bytes=2 << 20, quality=report, verdict="the end"),
+    ]
+    server.on["Quantize"] = lambda *_: quantization.QuantizeResponse(job=JOB)
+    server.on["WatchJob"] = job_events(JOB, Job(id="j1", state=state, trials=trials))
+    server.on["GetModel"] = lambda *_: model.GetModelResponse(model=MODEL)
+    command = ("quantize", "a", "m", "--scheme", "auto", "--budget", "1GB")
+    failed = int(state == JOB_STATE_FAILED)
+    code, out, _ = run(*command)
+    assert code == failed
+    assert [line.split() for line in out.splitlines()[:3]] == [
+        ["TRIED", "LIVE", "KL", "MEAN", "TOP-1", "VERDICT"],
+        ["int8", "3.0", "MiB", "not", "made:", "too", "large"],
+        ["nf4", "2.0", "MiB", "0.1234", "75.0%", "the", "end"],
+    ]
+    code, out, _ = run(*command, "--json")
+    assert code == failed
+    assert [one["verdict"] for one in json.loads(out)["trials"]] == [
+        "not made: too large",
+        "the end",
+    ]
 
 
 def test_quantize_takes_calibration_text(

@@ -47,6 +47,11 @@ from lowbit.v1 import quantization_pb2 as pb
             ),
         ),
         ("awq", {"zero_point": False}, pb.Scheme(awq=pb.AwqScheme(zero_point=False))),
+        (
+            "auto",
+            {"max_live_bytes": 2**33},
+            pb.Scheme(auto=pb.AutoScheme(max_live_bytes=2**33)),
+        ),
         ("rtn", {"group_size": -1}, pb.Scheme(rtn=pb.RtnScheme(group_size=-1))),
     ],
 )
@@ -63,6 +68,12 @@ def test_an_unknown_name_lists_the_allowed_ones() -> None:
 def test_an_option_of_another_scheme_is_refused() -> None:
     with pytest.raises(ValueError, match="'int8' has no option bits; it has outlier_threshold"):
         scheme("int8", bits=4)
+
+
+@pytest.mark.parametrize("budget", [{}, {"max_live_bytes": 0}])
+def test_auto_needs_a_budget(budget: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="'auto' needs a budget"):
+        scheme("auto", **budget)
 
 
 def test_an_unknown_type_lists_the_allowed_ones() -> None:

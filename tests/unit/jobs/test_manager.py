@@ -135,6 +135,26 @@ os.kill(os.getpid(), 9)
     assert [one.state for one in seen[1:-1]] == [JobState.RUNNING] * (len(seen) - 2)
 
 
+async def test_trials_become_events_and_progress(
+    monkeypatch: pytest.MonkeyPatch, manager: JobManager, tmp_path: Path
+) -> None:
+    # Each process has tried one scheme more, and its next one begins with the first block.
+    code = f"""
+import json, os, pathlib
+file = pathlib.Path({str(tmp_path / "count")!r})
+tries = len(file.read_text()) if file.exists() else 0
+file.write_text((tries + 1) * "+")
+trials = [{{"scheme": "s%d" % n, "verdict": "no"}} for n in range(min(tries, 6))]
+print(json.dumps({{"kind": "tried", "trials": trials}}), flush=True)
+print('{{"kind":"progress","phase":"quantize","done":0,"total":99}}', flush=True)
+os.kill(os.getpid(), 9)
+"""
+    play(monkeypatch, code)
+    seen = await events(manager, await submit(manager))
+    assert (tmp_path / "count").read_text() == (1 + 6 + MAX_LOST_PROCESSES) * "+"
+    assert [one.scheme for one in seen[-1].trials] == [f"s{number}" for number in range(6)]
+
+
 async def test_an_error_that_is_told_is_not_tried_again(
     monkeypatch: pytest.MonkeyPatch, manager: JobManager
 ) -> None:

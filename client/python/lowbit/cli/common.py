@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from datetime import UTC
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,9 @@ Device = Annotated[str, typer.Option(help='Such as "cpu" or "cuda:0"; chosen whe
 
 _PIPE_COLUMNS = 200
 _KIB = 1024.0
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20}
+_UNITS["GiB"] = 1 << 30
+_SIZE = re.compile(rf"([0-9]+(?:\.[0-9]+)?)\s*({'|'.join(_UNITS)})?")
 
 
 def connect(context: typer.Context) -> Client:
@@ -85,6 +89,15 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= _KIB
     return f"{count:.2f} GiB"
+
+
+def parsed_size(text: str) -> int:
+    """Return the bytes of a size such as "120MB" (of 1000) or "1.5 GiB" (of 1024)."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        message = f"{text!r} is no size: write bytes, or a number with {', '.join(_UNITS)}"
+        raise typer.BadParameter(message)
+    return round(float(found[1]) * _UNITS[found[2] or "B"])
 
 
 def estimate_row(estimate: DeviceEstimate | LoadEstimate) -> tuple[str, ...]:

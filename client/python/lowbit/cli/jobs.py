@@ -16,7 +16,7 @@ from lowbit.cli.common import (
     print_table,
     usage_errors,
 )
-from lowbit.cli.progress import follow_job, progress_text
+from lowbit.cli.progress import follow_job, print_trials, progress_text
 from lowbit.errors import JobFailedError, reason_name
 from lowbit.v1.job_pb2 import (
     JOB_STATE_SUCCEEDED,
@@ -76,6 +76,7 @@ def show(context: typer.Context, job_id: JobId, *, as_json: AsJson = False) -> N
     if job.resumable:
         facts.append(("resume with", f"lowbit jobs resume {job.id}"))
     print_facts(facts)
+    print_trials(job)
 
 
 @app.command()

@@ -23,7 +23,8 @@ from lowbit.cli.common import (
     size,
     usage_errors,
 )
-from lowbit.cli.progress import follow_job, follow_load
+from lowbit.cli.progress import follow_job, follow_load, print_trials
+from lowbit.errors import JobFailedError
 from lowbit.v1.model_pb2 import Ancestor, ListModelsResponse, Model, ReplicaState
 
 if TYPE_CHECKING:
@@ -227,7 +228,11 @@ def finish_making(client: Client, job: Job, label: str, *, dry_run: bool, wait: 
     if dry_run:
         typer.echo("all is well; nothing was started")
     elif wait:
-        follow_job(client, job, label)
+        try:
+            print_trials(follow_job(client, job, label))
+        except JobFailedError as error:
+            print_trials(error.job)
+            raise
         typer.echo(model_line(client.get_model(job.model)))
     else:
         typer.echo(job.id)

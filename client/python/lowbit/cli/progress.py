@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from lowbit.cli.common import enum_name, size
+from lowbit.cli.common import enum_name, print_table, size
 from lowbit.errors import JobFailedError
 from lowbit.v1.job_pb2 import (
     JOB_STATE_CANCELLING,
@@ -83,6 +83,23 @@ def progress_text(job: Job) -> str:
     if job.progress.HasField("eta"):
         words.append(f"{job.progress.eta.ToSeconds()} s left")
     return " ".join(words)
+
+
+def print_trials(job: Job) -> None:
+    """Print what scheme auto has tried; nothing for other jobs."""
+    if not job.trials:
+        return
+    rows = [
+        (
+            trial.scheme,
+            size(trial.live_bytes) if trial.live_bytes else "",
+            f"{trial.quality.mean_kl:.4f}" if trial.HasField("quality") else "",
+            f"{trial.quality.top1_agreement:.1%}" if trial.HasField("quality") else "",
+            trial.verdict,
+        )
+        for trial in job.trials
+    ]
+    print_table(("TRIED", "LIVE", "KL MEAN", "TOP-1", "VERDICT"), rows)
 
 
 def _bar() -> Progress:

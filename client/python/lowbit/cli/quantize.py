@@ -16,6 +16,7 @@ from lowbit.cli.common import (
     Wait,
     connect,
     estimate_row,
+    parsed_size,
     print_facts,
     print_json,
     print_table,
@@ -23,6 +24,8 @@ from lowbit.cli.common import (
     usage_errors,
 )
 from lowbit.cli.models import finish_making
+from lowbit.cli.progress import follow_job
+from lowbit.errors import JobFailedError
 from lowbit.v1.quantization_pb2 import (
     Calibration,
     Evaluation,
@@ -51,6 +54,10 @@ def quantize(  # noqa: PLR0913 - options of one request
     ] = None,
     outlier_threshold: Annotated[
         float | None, typer.Option(help="int8: larger activations stay in 16 bit.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="auto: most bytes once live, such as 120MB or 1.5GiB."),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="rtn: bits a weight: 2, 3, 4 or 8.")] = None,
     group_size: Annotated[
@@ -106,6 +113,7 @@ def quantize(  # noqa: PLR0913 - options of one request
     request_id: RequestId = "",
     dry_run: DryRun = False,
     wait: Wait = True,
+    as_json: AsJson = False,
 ) -> None:
     """Make a smaller copy of a model."""
     gate = QualityGate(
@@ -136,6 +144,7 @@ def quantize(  # noqa: PLR0913 - options of one request
                     bits=bits,
                     group_size=group_size,
                     sym=sym,
+                    max_live_bytes=None if budget is None else parsed_size(budget),
                 ),
                 device=device,
                 calibration=calibration if calibration.ByteSize() else None,
@@ -145,7 +154,15 @@ def quantize(  # noqa: PLR0913 - options of one request
                 request_id=request_id,
                 validate_only=dry_run,
             )
-        finish_making(client, job, f"quantize {target}", dry_run=dry_run, wait=wait)
+        label = f"quantize {target}"
+        if not as_json:
+            finish_making(client, job, label, dry_run=dry_run, wait=wait)
+            return
+        try:
+            print_json(follow_job(client, job, label) if wait and not dry_run else job)
+        except JobFailedError as error:
+            print_json(error.job)
+            raise
 
 
 def estimate(  # noqa: PLR0913 - options of one request
