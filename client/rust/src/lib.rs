@@ -1,0 +1,30 @@
+#![forbid(unsafe_code)]
+#![doc = include_str!("../README.md")]
+
+mod client;
+mod errors;
+mod options;
+mod requests;
+mod retry;
+mod stream;
+
+/// Messages and stubs of the API; their comments are its reference.
+#[allow(missing_docs, clippy::all)]
+pub mod v1 {
+    tonic::include_proto!("lowbit.v1");
+}
+
+#[allow(missing_docs, clippy::all)]
+mod status {
+    tonic::include_proto!("lowbit.status.v1");
+}
+
+/// The `google.protobuf.FileDescriptorSet` of the messages, for reflection and JSON.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.binpb"));
+
+pub use client::Client;
+pub use errors::{Error, Failure, FieldViolation, Kind, Result};
+#[cfg(feature = "tls")]
+pub use options::Tls;
+pub use options::{Options, Traceparent, DEFAULT_ADDRESS};
+pub use stream::{Canceller, Chunk, GenerateStream, Messages};

@@ -1,0 +1,331 @@
+//! The streams that a client returns. Each one is cancelled when dropped.
+
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{ready, Context, Poll},
+};
+
+use futures_util::{
+    future::poll_fn,
+    stream::{unfold, Stream},
+};
+use tokio::time::{sleep, timeout_at, Instant};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Response, Status, Streaming};
+
+use crate::{
+    client::Core,
+    errors::{Error, Kind, Result},
+    retry::{wait, Tries},
+    v1::{
+        generate_response::Event, Completed, GenerateResponse, LoadResponse, OutputFinished,
+        Started,
+    },
+};
+
+type Inner<T> = Pin<Box<dyn Stream<Item = Result<T>> + Send>>;
+
+/// A stream of messages. Dropping it cancels the call.
+pub struct Messages<T> {
+    inner: Arc<Mutex<Option<Inner<T>>>>,
+    token: CancellationToken,
+    ended: bool,
+}
+
+/// Cancels a stream from anywhere.
+#[derive(Clone)]
+pub struct Canceller(Arc<dyn Fn() + Send + Sync>);
+
+impl Canceller {
+    /// Cancels the call on the server; does nothing when it has ended.
+    pub fn cancel(&self) {
+        self.0()
+    }
+}
+
+impl<T: 'static> Messages<T> {
+    /// Runs `step`, which gives a message and the next state, until there is no message.
+    pub(crate) fn new<S, F>(core: &Core, state: S, step: impl Fn(S) -> F + Send + 'static) -> Self
+    where
+        S: Send + 'static,
+        F: Future<Output = Result<Option<(T, S)>>> + Send + 'static,
+    {
+        let token = core.closed.child_token();
+        let until = token.clone();
+        let inner = unfold(Some(state), move |state| {
+            let (next, until) = (state.map(&step), until.clone());
+            async move {
+                match until.run_until_cancelled(next?).await {
+                    Some(Ok(next)) => next.map(|(message, state)| (Ok(message), Some(state))),
+                    Some(Err(error)) => Some((Err(error), None)),
+                    None => Some((Err(Error::cancelled()), None)),
+                }
+            }
+        });
+        Self { inner: Arc::new(Mutex::new(Some(Box::pin(inner)))), token, ended: false }
+    }
+
+    /// The next message, or how the stream failed; nothing after its end.
+    pub async fn next(&mut self) -> Option<Result<T>> {
+        poll_fn(|context| Pin::new(&mut *self).poll_next(context)).await
+    }
+
+    /// Cancels the call; reading on gives an error of [`Kind::Cancelled`] once.
+    pub fn cancel(&self) {
+        self.canceller().cancel();
+    }
+
+    /// What cancels this stream while somebody reads it.
+    pub fn canceller(&self) -> Canceller {
+        let (inner, token) = (Arc::downgrade(&self.inner), self.token.clone());
+        Canceller(Arc::new(move || {
+            token.cancel(); // wakes the reader
+            drop(inner.upgrade().and_then(|inner| lock(&inner).take()));
+        }))
+    }
+}
+
+fn lock<T>(inner: &Mutex<T>) -> MutexGuard<'_, T> {
+    inner.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<T> Stream for Messages<T> {
+    type Item = Result<T>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<T>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let mut slot = lock(&self.inner);
+        let item = match slot.as_mut() {
+            Some(inner) => ready!(inner.as_mut().poll_next(context)),
+            None => Some(Err(Error::cancelled())),
+        };
+        if !matches!(item, Some(Ok(_))) {
+            *slot = None;
+            drop(slot);
+            self.ended = true;
+        }
+        Poll::Ready(item)
+    }
+}
+
+impl<T> fmt::Debug for Messages<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Messages").field("ended", &self.ended).finish_non_exhaustive()
+    }
+}
+
+impl Messages<LoadResponse> {
+    /// Reads to the end; gives the last message of each replica.
+    pub async fn wait(mut self) -> Result<Vec<LoadResponse>> {
+        let mut last: Vec<LoadResponse> = Vec::new();
+        while let Some(message) = self.next().await {
+            let message = message?;
+            let same = |seen: &&mut LoadResponse| {
+                (&seen.device, &seen.worker) == (&message.device, &message.worker)
+            };
+            match last.iter_mut().find(same) {
+                Some(seen) => *seen = message,
+                None => last.push(message),
+            }
+        }
+        Ok(last)
+    }
+}
+
+/// What one message of the server added to an output; printed it is its text.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Chunk {
+    /// Text that follows what came before; whole characters, may be empty.
+    pub text: String,
+    /// Ids of the tokens that made it, when asked for.
+    pub token_ids: Vec<u32>,
+    /// Which output it belongs to, from 0.
+    pub output_index: u32,
+}
+
+impl fmt::Display for Chunk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// A generation. Reading gives chunks; the rest is known once it has come.
+#[derive(Debug)]
+pub struct GenerateStream {
+    messages: Messages<GenerateResponse>,
+    started: Option<Started>,
+    finished: Option<OutputFinished>,
+    completed: Option<Completed>,
+    text: String,
+}
+
+impl GenerateStream {
+    pub(crate) fn new(messages: Messages<GenerateResponse>) -> Self {
+        Self { messages, started: None, finished: None, completed: None, text: String::new() }
+    }
+
+    /// The next chunk, or how the generation failed; nothing after its end.
+    pub async fn next(&mut self) -> Option<Result<Chunk>> {
+        poll_fn(|context| Pin::new(&mut *self).poll_next(context)).await
+    }
+
+    /// Reads to the end; gives all text of the first output, what was read before included.
+    pub async fn text(&mut self) -> Result<&str> {
+        while let Some(chunk) = self.next().await {
+            chunk?;
+        }
+        Ok(&self.text)
+    }
+
+    /// Text of the first output that has been read so far; stays after a failure.
+    pub fn partial_text(&self) -> &str {
+        &self.text
+    }
+
+    /// Model revision, device and prompt tokens.
+    pub fn started(&self) -> Option<&Started> {
+        self.started.as_ref()
+    }
+
+    /// Why the output ended and at which stop.
+    pub fn finished(&self) -> Option<&OutputFinished> {
+        self.finished.as_ref()
+    }
+
+    /// Tokens used and where the time went, once the stream has ended well.
+    pub fn completed(&self) -> Option<&Completed> {
+        self.completed.as_ref()
+    }
+
+    /// Cancels the call; reading on gives an error of [`Kind::Cancelled`] once.
+    pub fn cancel(&self) {
+        self.messages.cancel();
+    }
+
+    /// What cancels this stream while somebody reads it.
+    pub fn canceller(&self) -> Canceller {
+        self.messages.canceller()
+    }
+}
+
+impl Stream for GenerateStream {
+    type Item = Result<Chunk>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        while let Some(message) = ready!(Pin::new(&mut self.messages).poll_next(context)) {
+            match message?.event {
+                Some(Event::Started(started)) => self.started = Some(started),
+                Some(Event::OutputFinished(finished)) => self.finished = Some(finished),
+                Some(Event::Completed(completed)) => self.completed = Some(completed),
+                Some(Event::Delta(delta)) => {
+                    if delta.output_index == 0 {
+                        self.text += &delta.text;
+                    }
+                    let token_ids = delta.tokens.iter().map(|token| token.id).collect();
+                    let (text, output_index) = (delta.text, delta.output_index);
+                    return Poll::Ready(Some(Ok(Chunk { text, token_ids, output_index })));
+                }
+                None => {}
+            }
+        }
+        Poll::Ready(None)
+    }
+}
+
+pub(crate) type Opening<T> =
+    Pin<Box<dyn Future<Output = std::result::Result<Response<Streaming<T>>, Status>> + Send>>;
+
+/// A server stream, tried again until its first message and resumed after it, if it may be.
+pub(crate) struct Receiver<T> {
+    core: Arc<Core>,
+    tries: Tries,
+    open: Box<dyn Fn(Option<Instant>) -> Opening<T> + Send + Sync>,
+    resumes: bool,
+    call: Option<Streaming<T>>,
+    seen: bool,
+    breaks: u32,
+    /// When the time to resume after a break is over.
+    until: Option<Instant>,
+}
+
+impl<T> Receiver<T> {
+    pub(crate) fn new(
+        core: Arc<Core>,
+        tries: Tries,
+        resumes: bool,
+        open: impl Fn(Option<Instant>) -> Opening<T> + Send + Sync + 'static,
+    ) -> Self {
+        let open = Box::new(open);
+        Self { core, tries, open, resumes, call: None, seen: false, breaks: 0, until: None }
+    }
+
+    pub(crate) async fn read(&mut self) -> Result<Option<T>> {
+        loop {
+            let error = match self.attempt().await {
+                Ok(message) => {
+                    if !self.seen {
+                        self.tries.succeeded(&self.core.options, &self.core.budget);
+                    }
+                    (self.seen, self.breaks, self.until) = (true, 0, None);
+                    return Ok(message);
+                }
+                Err(error) => error,
+            };
+            self.call = None;
+            let wait = match self.seen {
+                false => self.tries.wait(&error, &self.core.options, &self.core.budget),
+                true => self.resume(&error),
+            };
+            match wait {
+                Some(wait) => sleep(wait).await,
+                None => return Err(error),
+            }
+        }
+    }
+
+    async fn attempt(&mut self) -> Result<Option<T>> {
+        let (deadline, until) = (self.tries.deadline, self.until);
+        let read = async {
+            let call = match &mut self.call {
+                Some(call) => call,
+                none => none.insert((self.open)(deadline).await?.into_inner()),
+            };
+            call.message().await
+        };
+        let limit = deadline.into_iter().chain(until).min();
+        match limited(limit, read).await {
+            Some(result) => Ok(result?),
+            None if limit == deadline => Err(Error::deadline()),
+            None => Err(Error::new(
+                Kind::Unavailable,
+                Code::Unavailable,
+                "the server did not come back",
+            )),
+        }
+    }
+
+    fn resume(&mut self, error: &Error) -> Option<std::time::Duration> {
+        if !self.resumes || !error.is_broken() {
+            return None;
+        }
+        let now = Instant::now();
+        let until = *self.until.get_or_insert(now + self.core.options.resume_timeout);
+        self.breaks += 1;
+        let wait = wait(error, &self.core.options, self.breaks);
+        (now + wait < until && self.tries.allows(wait)).then_some(wait)
+    }
+}
+
+/// Waits for a result until `limit`; gives nothing when the time is over.
+pub(crate) async fn limited<F: Future>(limit: Option<Instant>, work: F) -> Option<F::Output> {
+    match limit {
+        Some(limit) => timeout_at(limit, work).await.ok(),
+        None => Some(work.await),
+    }
+}
