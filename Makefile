@@ -9,7 +9,7 @@ GENERATED := build/generated
 LIGHT := build/light.binpb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint proto generate checkgenerate unit conformance bench interop lock clean
+.PHONY: help demo test lint proto generate checkgenerate unit conformance bench bench-clients interop lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ conformance: $(READY) ## Play one suite of scenarios against the SDK of every la
 
 bench: $(READY) ## Measure what the server adds to a scripted engine
 	$(BIN)/python benchmarks/rpc.py
+
+bench-clients: $(READY) ## Measure how many tokens a second each SDK reads
+	$(BIN)/python benchmarks/clients.py
 
 interop: .interop/gptqmodel/.ready .interop/vllm/.ready ## Load artefacts in transformers and vLLM, each in its environment
 	@test -d .models/smollm2-bf16 || $(BIN)/python -m pytest -q tests/models/test_quant_rtn.py -k real

@@ -9,7 +9,7 @@ GO_FLAGS := --go_opt=module=lowbit --go-grpc_opt=module=lowbit \
 # $(call go_stubs,FOLDER) writes the stubs into FOLDER/gen.
 define go_stubs
 	@mkdir -p $(1)
-	$(BIN)/python -m grpc_tools.protoc --descriptor_set_in=$(LIGHT) \
+	@$(BIN)/python -m grpc_tools.protoc --descriptor_set_in=$(LIGHT) \
 		$(foreach plugin,$(GO_PLUGINS),--plugin=$(plugin)) \
 		--go_out=$(1) --go-grpc_out=$(1) $(GO_FLAGS) $(GO_FILES)
 endef
@@ -22,6 +22,7 @@ client-go generate-go checkgenerate-go:
 else
 client-go: $(READY) ## Check, build and test the Go SDK
 	cd client/go && test -z "$$(gofmt -l . | tee /dev/stderr)" && go vet ./... && go test ./...
+	cd tests/conformance/testees/go && test -z "$$(gofmt -l . | tee /dev/stderr)" && go vet ./...
 
 generate-go: $(LIGHT) $(GO_PLUGINS)
 	@rm -rf client/go/gen

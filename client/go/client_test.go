@@ -129,6 +129,10 @@ func idle(t *testing.T, client *lowbit.Client) time.Duration {
 
 func TestLeavingTheLoopCancelsOnTheServer(t *testing.T) {
 	client := connect(t, server)
+	if _, err := client.Info(background); err != nil { // connects
+		t.Fatal(err)
+	}
+	before := goleak.IgnoreCurrent()
 	for event, err := range client.Generate(background, ask("slow", "x", 4000)) { // 20 s
 		if err != nil {
 			t.Fatal(err)
@@ -137,6 +141,7 @@ func TestLeavingTheLoopCancelsOnTheServer(t *testing.T) {
 			break
 		}
 	}
+	goleak.VerifyNone(t, before)
 	if took := idle(t, client); took > 5*time.Second {
 		t.Error("the slot was freed after", took)
 	}

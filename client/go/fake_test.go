@@ -229,6 +229,11 @@ func TestOptionsThatMakeNoSenseAreRefused(t *testing.T) {
 			t.Error(name, err)
 		}
 	}
+	for _, token := range []string{"", "two words", "line\n", "é"} {
+		if _, err := lowbit.New("127.0.0.1:1", lowbit.WithToken(token)); err == nil {
+			t.Errorf("%q is taken", token)
+		}
+	}
 	for address, allowed := range map[string]bool{
 		"127.0.0.1:1": true, "127.9.9.9:1": true, "localhost:1": true, "[::1]:1": true, "unix:/x": true,
 		"127.evil.example:1": false, "localhost.example:1": false, "10.0.0.1:1": false, "dns:///127.0.0.1:1": false,

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"regexp"
 	"strings"
 	"time"
 
@@ -22,6 +23,8 @@ import (
 // Version is the version of this SDK; the user agent names it.
 const Version = "0.1.0"
 
+var tokenSyntax = regexp.MustCompile(`^[A-Za-z0-9._~+/-]+=*$`) // RFC 6750, section 2.1
+
 // Option changes one option of a client.
 type Option func(*options)
 
@@ -31,7 +34,7 @@ type options struct {
 	firstBackoff, maxBackoff                                   time.Duration
 	maxMessageBytes, maxAttempts, retryBudget                  int
 	tls                                                        *TLS
-	token                                                      string
+	token                                                      *string
 	traceparent                                                func(context.Context) string
 }
 
@@ -85,7 +88,7 @@ func WithRetryBudget(n int) Option { return func(o *options) { o.retryBudget = n
 func WithTLS(t TLS) Option { return func(o *options) { o.tls = &t } }
 
 // WithToken sends a bearer token with each call. Without TLS it is only sent to loopback.
-func WithToken(token string) Option { return func(o *options) { o.token = token } }
+func WithToken(token string) Option { return func(o *options) { o.token = &token } }
 
 // WithTraceparent asks f, for each try, for a W3C traceparent to send; empty sends none.
 func WithTraceparent(f func(context.Context) string) Option {
@@ -122,7 +125,9 @@ func newOptions(address string, changes []Option) (*options, error) {
 		return nil, errors.New("lowbit: max_attempts must be at least 1")
 	case o.retryBudget < 0:
 		return nil, errors.New("lowbit: retry_budget must not be below 0")
-	case o.token != "" && o.tls == nil && !isLoopback(address):
+	case o.token != nil && !tokenSyntax.MatchString(*o.token):
+		return nil, errors.New("lowbit: token has other characters than RFC 6750 allows, or none")
+	case o.token != nil && o.tls == nil && !isLoopback(address):
 		return nil, errors.New("lowbit: token without tls is only sent to loopback")
 	}
 	return o, nil

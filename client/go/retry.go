@@ -2,6 +2,7 @@ package lowbit
 
 import (
 	"context"
+	"math"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -62,8 +63,8 @@ func (c *Client) bind(ctx context.Context, timeout time.Duration) (context.Conte
 
 // outgoing adds the metadata of one try.
 func (c *Client) outgoing(ctx context.Context) context.Context {
-	if c.options.token != "" {
-		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+c.options.token)
+	if c.options.token != nil {
+		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+*c.options.token)
 	}
 	if c.options.traceparent != nil {
 		if value := c.options.traceparent(ctx); value != "" {
@@ -127,8 +128,8 @@ func (t *tries) delay(e *Error) time.Duration {
 	if e.RetryAfter != nil {
 		return time.Duration(float64(*e.RetryAfter) * (1 + 0.1*rand.Float64()))
 	}
-	bound := t.client.options.firstBackoff << min(t.made-1, 20)
-	return time.Duration(float64(min(bound, t.client.options.maxBackoff)) * (0.5 + 0.5*rand.Float64()))
+	bound := min(float64(t.client.options.firstBackoff)*math.Exp2(float64(t.made-1)), float64(t.client.options.maxBackoff))
+	return time.Duration(bound * (0.5 + 0.5*rand.Float64()))
 }
 
 // sleep waits, or returns the failure of a context that ended meanwhile.

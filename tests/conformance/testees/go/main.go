@@ -47,7 +47,7 @@ type options struct {
 	FirstBackoffS      *float64 `json:"first_backoff_s"`
 	MaxBackoffS        *float64 `json:"max_backoff_s"`
 	RetryBudget        *int     `json:"retry_budget"`
-	Token              string   `json:"token"`
+	Token              *string  `json:"token"`
 	Traceparent        string   `json:"traceparent"`
 	TLS                *struct {
 		CAFile          string `json:"ca_file"`
@@ -89,8 +89,8 @@ func (o *options) made() (made []lowbit.Option) {
 	number(o.RetryBudget, lowbit.WithRetryBudget)
 	pair(o.KeepaliveIntervalS, o.KeepaliveTimeoutS, 30, 10, lowbit.WithKeepalive)
 	pair(o.FirstBackoffS, o.MaxBackoffS, 0.1, 2, lowbit.WithBackoff)
-	if o.Token != "" {
-		made = append(made, lowbit.WithToken(o.Token))
+	if o.Token != nil {
+		made = append(made, lowbit.WithToken(*o.Token))
 	}
 	if o.Traceparent != "" {
 		made = append(made, lowbit.WithTraceparent(func(context.Context) string { return o.Traceparent }))
