@@ -1,15 +1,11 @@
-"""The job queue: starts processes for jobs, in order, and records what they report.
+"""The job queue: which jobs wait, which run, and what may be done with each.
 
-A job process fills a staging folder and reports; only this side publishes, so a job
-can be killed at any moment and nothing half-done is ever loadable. What a quantization
-has finished stays in its checkpoint, from which its next process goes on.
+A job that has its turn is at work in a `Run`; its events go through the `Ledger`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import shutil
-import sys
 from collections import defaultdict, deque
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -17,24 +13,19 @@ from uuid import uuid4
 import structlog
 
 from lowbit_server.errors import LowbitError, Reason
-from lowbit_server.jobs.attempt import Attempt
-from lowbit_server.jobs.records import ENDED, Job, JobState, JobStore, now
-from lowbit_server.jobs.spec import Failed, JobSpec, Measured, Progress, Result, Tried
-from lowbit_server.quant import gate
-from lowbit_server.signals import Changed
+from lowbit_server.jobs.checkpoints import Checkpoints
+from lowbit_server.jobs.ledger import Ledger
+from lowbit_server.jobs.records import Job, JobState, JobStore, now
+from lowbit_server.jobs.run import Run, missed
+from lowbit_server.jobs.spec import Failed, JobSpec
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator
 
     from lowbit_server.config import Config
-    from lowbit_server.quant.quality import Quality
     from lowbit_server.store.catalog import Catalog
-    from lowbit_server.store.manifest import Manifest
 
 log = structlog.get_logger()
-
-MAX_LOST_PROCESSES = 3
-"""So many processes in a row may die without a block finished before their job fails."""
 
 
 class JobManager:
@@ -45,42 +36,38 @@ class JobManager:
         self._config = config
         self._catalog = catalog
         self._records = records
-        self._checkpoints = config.home / "checkpoints"
+        self._ledger = Ledger(records)
+        self._checkpoints = Checkpoints(config.home / "checkpoints", records)
         self._submitting = asyncio.Lock()
         # By device; bounded by config.max_queued_jobs in `_check_room`.
         self._queues: defaultdict[str, deque[str]] = defaultdict(deque)
-        self._active: dict[str, Job] = {}
-        self._running: dict[str, asyncio.Task[None]] = {}
-        self._attempts: dict[str, Attempt] = {}
-        self.changed = Changed()
+        self._runs: dict[str, Run] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
         """Go on with the jobs of a server that stopped or died: those that ran come first."""
-        await self._remove_leftovers()
-        left, _ = await self._records.page(
-            [state for state in JobState if state not in ENDED], None, sys.maxsize - 1
-        )
-        self._active = {job.id: job for job in reversed(left)}
+        await self._checkpoints.remove_leftovers()
+        await self._ledger.load()
         models = {manifest.name: manifest for manifest in self._catalog.manifests()}
         interrupted: list[Job] = []
         queued: list[Job] = []
-        for job in list(self._active.values()):
+        for job in self._ledger:
             if job.spec.kind != "evaluate" and (made := models.get(job.spec.model)):
                 # The name was the job's own, so it died between publishing and its last event.
-                error = _missed(job.spec, made)
+                error = missed(job.spec, made)
                 known = job.model_copy(update={"quality": made.quality})
                 await self._end(known, JobState.FAILED if error else JobState.SUCCEEDED, error)
             elif job.state is JobState.CANCELLING:
                 await self._end(job, JobState.CANCELLED)
             else:
                 (queued if job.state is JobState.QUEUED else interrupted).append(job)
-        await self._store([self._enqueue(job) for job in (*interrupted, *queued)])
+        await self._ledger.store([self._enqueue(job) for job in (*interrupted, *queued)])
         self._pump()
 
     async def stop(self) -> None:
         """Pause the jobs that run and end their processes; the next start goes on with them."""
         self._queues.clear()
-        tasks = list(self._running.values())
+        tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -88,11 +75,11 @@ class JobManager:
     @property
     def counts(self) -> tuple[int, int]:
         """Jobs that run and jobs that wait."""
-        return len(self._running), sum(map(len, self._queues.values()))
+        return len(self._runs), sum(map(len, self._queues.values()))
 
     def uses(self, model: str) -> str | None:
         """Return the id of a job that reads or makes a model, if there is one."""
-        for job in self._active.values():
+        for job in self._ledger:
             if model == job.spec.model or model in job.spec.reads:
                 return job.id
         return None
@@ -129,7 +116,7 @@ class JobManager:
         Every watcher reads the same stored events, so all see the same sequence.
         """
         while True:
-            changed = self.changed.next()
+            changed = self._ledger.changed.next()
             job = await self._records.get(job_id)
             for event in await self._records.events(job_id, after):
                 after = event.sequence
@@ -140,7 +127,7 @@ class JobManager:
 
     async def get(self, job_id: str) -> Job:
         """Return a job; raise JOB_NOT_FOUND."""
-        return self._active.get(job_id) or await self._records.get(job_id)
+        return await self._ledger.get(job_id)
 
     async def cancel(self, job_id: str) -> Job:
         """Ask a job to stop; an ended job stays as it is. Its checkpoint is kept."""
@@ -151,9 +138,9 @@ class JobManager:
             job = await self._end(job, JobState.CANCELLED)
             await self._renumber(job.spec.device)
         elif job.state in {JobState.QUEUED, JobState.RUNNING}:
-            if attempt := self._attempts.get(job_id):
-                attempt.kill()
-            job = await self._change(job, state=JobState.CANCELLING)
+            if run := self._runs.get(job_id):
+                run.kill()
+            job = await self._ledger.change(job, state=JobState.CANCELLING)
         return job
 
     async def resume(self, job_id: str) -> Job:
@@ -168,7 +155,7 @@ class JobManager:
             self._check_room()
             job = self._enqueue(job)
             self._pump()
-            await self._store([job])
+            await self._ledger.store([job])
         log.info("job resumed", job=job.id, model=job.spec.model)
         return job
 
@@ -184,14 +171,14 @@ class JobManager:
         """Remove an ended job's record and checkpoint; raise JOB_NOT_FOUND or JOB_NOT_ENDED."""
         async with self._submitting:
             await self._records.delete(job_id)
-            await self._remove_checkpoint(job_id)
-        self.changed.notify()
+            await self._checkpoints.remove(job_id)
+        self._ledger.changed.notify()
 
     def _check_name(self, spec: JobSpec) -> None:
         if spec.kind == "evaluate":
             return
         self._catalog.check_free("target" if spec.kind == "quantize" else "model", spec.model)
-        if any(job.spec.model == spec.model for job in self._active.values()):
+        if any(job.spec.model == spec.model for job in self._ledger):
             message = f"a job that makes {spec.model!r} is under way"
             raise LowbitError(Reason.MODEL_EXISTS, message, metadata={"model": spec.model})
 
@@ -210,19 +197,25 @@ class JobManager:
 
     def _pump(self) -> None:
         for device, queue in self._queues.items():
-            running = sum(self._active[one].spec.device == device for one in self._running)
+            running = sum(self._ledger[one].spec.device == device for one in self._runs)
             for _ in range(min(len(queue), self._config.max_running_jobs - running)):
                 job_id = queue.popleft()
-                self._running[job_id] = asyncio.create_task(self._run(job_id), name=f"job {job_id}")
+                self._runs[job_id] = Run(self._config, self._catalog, self._ledger, job_id)
+                self._tasks[job_id] = asyncio.create_task(self._run(job_id), name=f"job {job_id}")
 
     async def _run(self, job_id: str) -> None:
         # Its log lines are the job's, not those of the call that happened to start it.
         structlog.contextvars.clear_contextvars()
         error = None
         try:
-            state, error = await self._work(job_id)
+            job = self._ledger[job_id]
+            if job.state is not JobState.CANCELLING:  # since its turn came
+                begin = {"state": JobState.RUNNING, "queue_position": 0, "start_time": now()}
+                await self._ledger.change(job, **begin)
+                await self._renumber(job.spec.device)
+            state, error = await self._runs[job_id].to_end()
         except asyncio.CancelledError:
-            cancelling = self._active[job_id].state is JobState.CANCELLING
+            cancelling = self._ledger[job_id].state is JobState.CANCELLING
             state = JobState.CANCELLED if cancelling else JobState.PAUSED
         except LowbitError as failure:
             state = JobState.FAILED
@@ -231,80 +224,16 @@ class JobManager:
             log.exception("job failed", job=job_id)
             state = JobState.FAILED
             error = Failed(reason=Reason.INTERNAL, message="the server failed; see its log")
-        del self._running[job_id]
-        job = self._active[job_id]
+        del self._runs[job_id], self._tasks[job_id]
+        job = self._ledger[job_id]
         if state is JobState.PAUSED:
-            await self._change(job, state=state)
+            await self._ledger.change(job, state=state)
         else:
             await self._end(job, state, error)
         self._pump()
 
-    async def _work(self, job_id: str) -> tuple[JobState, Failed | None]:
-        """Run processes until one gets to an end; return the state and error of the job."""
-        job = self._active[job_id]
-        if job.state is JobState.CANCELLING:  # between its turn and this task's first step
-            return JobState.CANCELLED, None
-        await self._change(job, state=JobState.RUNNING, queue_position=0, start_time=now())
-        await self._renumber(job.spec.device)
-        finished = len(job.trials), 0  # of several candidates, each begins with its first block
-        lost = 0
-
-        async def on_report(report: Progress | Tried) -> None:
-            nonlocal finished
-            if isinstance(report, Tried):
-                finished = len(report.trials), 0
-                await self._change(self._active[job_id], trials=report.trials)
-                return
-            if report.phase == "quantize":
-                finished = max(finished, (finished[0], report.done))
-            await self._change(self._active[job_id], progress=report)
-
-        while True:
-            before = finished
-            state, error = await self._attempt(job_id, on_report)
-            if error is None or error.reason is not Reason.JOB_PROCESS_LOST:
-                return state, error
-            lost = 0 if finished > before else lost + 1
-            if lost == MAX_LOST_PROCESSES:
-                return state, error
-            log.warning("job process lost, another one goes on", job=job_id, error=error.message)
-
-    async def _attempt(
-        self, job_id: str, on_report: Callable[[Progress | Tried], Awaitable[None]]
-    ) -> tuple[JobState, Failed | None]:
-        """Run one process of a job and publish what it staged."""
-        job = self._active[job_id]
-        if job.state is JobState.CANCELLING:
-            return JobState.CANCELLED, None
-        attempt = self._attempts[job_id] = Attempt(self._config, job)
-        try:
-            result = await attempt.run(on_report)
-            if self._active[job_id].state is JobState.CANCELLING:
-                return JobState.CANCELLED, None
-            return await self._take(result, job_id)
-        finally:
-            del self._attempts[job_id]
-            await self._catalog.discard(job_id)
-
-    async def _take(self, result: Result, job_id: str) -> tuple[JobState, Failed | None]:
-        """Publish what a job made or measured; return the state and error that it ends with."""
-        if isinstance(result, Failed):
-            return JobState.FAILED, result
-        job = self._active[job_id]
-        if isinstance(result, Measured):
-            quality: Quality | None = result.quality
-            await self._catalog.set_quality(job.spec.model, result.quality)
-            error = None
-        else:
-            manifest = await self._catalog.publish(job_id, job.spec.model)
-            quality, error = manifest.quality, _missed(job.spec, manifest)
-        # No event of its own: it is said with the job's end.
-        self._active[job_id] = self._active[job_id].model_copy(update={"quality": quality})
-        return JobState.FAILED if error else JobState.SUCCEEDED, error
-
     async def _add(self, job: Job) -> None:
-        await self._records.create(job)
-        self._active[job.id] = job
+        await self._ledger.add(job)
         self._queues[job.spec.device].append(job.id)
         self._pump()
 
@@ -313,15 +242,16 @@ class JobManager:
         queue = self._queues[job.spec.device]
         queue.append(job.id)
         place = {"state": JobState.QUEUED, "queue_position": len(queue)}
-        self._active[job.id] = _next(job, **place, error=None, end_time=None)
-        return self._active[job.id]
+        job = job.next(**place, error=None, end_time=None)
+        self._ledger.put(job)
+        return job
 
     async def _renumber(self, device: str) -> None:
         """Tell the jobs that wait for a device their places."""
-        waiting = [self._active[job_id] for job_id in self._queues[device]]
-        await self._store(
+        waiting = [self._ledger[job_id] for job_id in self._queues[device]]
+        await self._ledger.store(
             [
-                _next(job, queue_position=place)
+                job.next(queue_position=place)
                 for place, job in enumerate(waiting, 1)
                 if job.queue_position != place
             ]
@@ -329,11 +259,11 @@ class JobManager:
 
     async def _end(self, job: Job, state: JobState, error: Failed | None = None) -> Job:
         end = {"state": state, "error": error, "queue_position": 0, "end_time": now()}
-        if _next(job, **end).not_resumable:
-            await self._remove_checkpoint(job.id)
+        if job.next(**end).not_resumable:
+            await self._checkpoints.remove(job.id)
         # A cancel may have come between: one more event, and too late.
-        job = job.model_copy(update={"sequence": self._active[job.id].sequence})
-        job = await self._change(job, **end)
+        job = job.model_copy(update={"sequence": self._ledger[job.id].sequence})
+        job = await self._ledger.change(job, **end)
         log.info(
             "job ended",
             job=job.id,
@@ -342,53 +272,3 @@ class JobManager:
             model=job.spec.model,
         )
         return job
-
-    async def _change(self, job: Job, **values: object) -> Job:
-        job = _next(job, **values)
-        await self._store([job])
-        return job
-
-    async def _store(self, jobs: Sequence[Job]) -> None:
-        """Make each job's next event its state; it is stored even if the caller is cancelled."""
-        for job in jobs:
-            if job.ended:
-                self._active.pop(job.id, None)
-            else:
-                self._active[job.id] = job
-        await asyncio.shield(self._write(jobs))
-
-    async def _write(self, jobs: Sequence[Job]) -> None:
-        await self._records.update(*jobs)
-        self.changed.notify()
-
-    async def _remove_checkpoint(self, job_id: str) -> None:
-        await asyncio.to_thread(shutil.rmtree, self._checkpoints / job_id, ignore_errors=True)
-
-    async def _remove_leftovers(self) -> None:
-        """Remove the checkpoints that no job can go on from."""
-        self._checkpoints.mkdir(mode=0o700, exist_ok=True)
-        for folder in list(self._checkpoints.iterdir()):
-            try:
-                job = await self._records.get(folder.name)
-            except LowbitError:
-                why = "there is no such job"
-            else:
-                why = job.not_resumable if job.ended else ""
-            if why:
-                log.warning("removed a checkpoint", job=folder.name, why=why)
-                await self._remove_checkpoint(folder.name)
-
-
-def _next(job: Job, **values: object) -> Job:
-    """Return the job as it is at its next event."""
-    return job.model_copy(update={**values, "sequence": job.sequence + 1})
-
-
-def _missed(spec: JobSpec, made: Manifest) -> Failed | None:
-    """Return the limits that a published artefact misses, which was to be kept all the same."""
-    if spec.kind == "quantize" and spec.gate is not None:
-        try:
-            gate.check(spec.gate, made.quality, made.disk_bytes)
-        except LowbitError as error:
-            return Failed(reason=error.reason, message=error.message)
-    return None

@@ -86,6 +86,10 @@ class Job(BaseModel):
             return f"it failed with {self.error.reason} and would fail again"
         return ""
 
+    def next(self, **values: object) -> Job:
+        """Return the job as it is at its next event."""
+        return self.model_copy(update={**values, "sequence": self.sequence + 1})
+
 
 def now() -> datetime:
     """Return the present time in UTC."""

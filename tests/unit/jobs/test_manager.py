@@ -11,8 +11,9 @@ import pytest
 from lowbit_server.config import Config
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.attempt import REPORT_BYTES
-from lowbit_server.jobs.manager import MAX_LOST_PROCESSES, JobManager
+from lowbit_server.jobs.manager import JobManager
 from lowbit_server.jobs.records import ENDED, RESUMABLE, Job, JobState, JobStore, now
+from lowbit_server.jobs.run import MAX_LOST_PROCESSES
 from lowbit_server.jobs.spec import Failed, ImportSpec, Progress, QuantizeSpec
 from lowbit_server.quant.schemes import FloatScheme
 from lowbit_server.store.artifacts import ArtifactStore
@@ -367,9 +368,10 @@ async def test_checkpoints_that_nobody_can_go_on_from_are_removed(
         error = Failed(reason=reason, message="") if reason else None
         job = Job(id=name, spec=spec(name), state=state, error=error, create_time=now())
         await records.create(job)
+    folder = manager._config.home / "checkpoints"
     for name in (*kept, "gate", "done", "orphan"):
-        (manager._checkpoints / name).mkdir(parents=True)
-    await manager._remove_leftovers()
-    assert {path.name for path in manager._checkpoints.iterdir()} == kept
+        (folder / name).mkdir(parents=True)
+    await manager._checkpoints.remove_leftovers()
+    assert {path.name for path in folder.iterdir()} == kept
     await manager.delete("lost")
-    assert {path.name for path in manager._checkpoints.iterdir()} == kept - {"lost"}
+    assert {path.name for path in folder.iterdir()} == kept - {"lost"}
