@@ -19,6 +19,7 @@ from lowbit.v1 import generation_pb2 as pb
 from lowbit.v1 import quantization_pb2 as quant
 from lowbit.v1.generation_pb2_grpc import GenerationServiceStub
 from lowbit_server.testing import ServerProcess, scripted_model
+from tests.models.quantkit import random_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,6 +46,14 @@ def echo(service: Any) -> str:
 def tiny(service: Any, float_source: Callable[..., Path]) -> str:
     """A model with real weights in the store."""
     return service.import_float("tiny", float_source(service.sources / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def narrow(service: Any) -> str:
+    """A Llama whose rows no scheme's groups of 64 divide."""
+    sizes = {"hidden_size": 96, "num_key_value_heads": 4}
+    folder = random_source(service.sources / "narrow", model_type="llama", **sizes)
+    return service.import_float("narrow", folder)
 
 
 @pytest.fixture(autouse=True)
@@ -479,6 +488,25 @@ def test_importing_as_a_type_that_there_is_not(service: Any) -> None:
     with service.refused(*INVALID) as refusal:
         service.models.ImportModel(model_pb2.ImportModelRequest(model="typed"), timeout=30)
     assert fields(refusal) == ["source"]
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "rtn", "nf4", "fp4"])
+def test_a_shape_that_a_scheme_cannot_take_is_refused_at_once(
+    service: Any, narrow: str, name: str
+) -> None:
+    with service.refused(*INVALID) as refusal:
+        service.client.quantize(narrow, "unborn", name)
+    assert fields(refusal) == ["scheme"]
+    assert "mlp.gate_proj has 192 x 96" in refusal.error.message
+    assert nothing_was_started(service, "unborn")
+    if name in {"gptq", "awq", "rtn"}:
+        fitting = scheme(name, group_size=32)
+        assert service.client.quantize(narrow, "unborn", fitting, validate_only=True).id == ""
+
+
+def test_every_shape_is_cast_and_taken_in_8_bits(service: Any, narrow: str) -> None:
+    for name in ("int8", "fp32"):
+        assert service.client.quantize(narrow, "unborn", name, validate_only=True).id == ""
 
 
 # Sizes

@@ -42,6 +42,7 @@ SCHEMES: list[Scheme] = [
     GptqScheme(layers=(LayerBits(layer=1, bits=8),)),
     AwqScheme(),
     AwqScheme(group_size=32, zero_point=False),
+    AwqScheme(group_size=-1),
 ]
 
 

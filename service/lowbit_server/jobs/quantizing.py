@@ -19,6 +19,7 @@ from lowbit_server.quant.gptq import GptqMethod
 from lowbit_server.quant.layout import blocks, linear_layers
 from lowbit_server.quant.methods import method
 from lowbit_server.quant.schemes import AutoScheme, AwqScheme, FloatScheme, GptqScheme
+from lowbit_server.quant.shapes import check_shape
 from lowbit_server.quant.text import check_apart, evaluation_text
 from lowbit_server.store.checkpoint import Checkpoint
 from lowbit_server.store.sealing import disk_full_is_named, seal_files
@@ -128,7 +129,7 @@ def make(scheme: Scheme, spec: QuantizeSpec, inputs: Inputs, context: Context) -
         depends_on = fingerprint(scheme, spec.device, parent, digest)
         checkpoint = Checkpoint(context.checkpoint, depends_on, threads=torch.get_num_threads())
         torch.set_num_threads(checkpoint.threads)
-        _stream(source, chosen, kept, checkpoint, context)
+        _stream(scheme, source, chosen, kept, checkpoint, context)
         quantization = chosen.quantization_config()
         if isinstance(chosen, GptqMethod):
             losses = chosen.losses
@@ -169,8 +170,13 @@ def describe(  # noqa: PLR0913 - what a manifest tells
     )
 
 
-def _stream(
-    source: Path, chosen: Method, kept: FloatScheme, checkpoint: Checkpoint, context: Context
+def _stream(  # noqa: PLR0913 - what a result is made of
+    scheme: Scheme,
+    source: Path,
+    chosen: Method,
+    kept: FloatScheme,
+    checkpoint: Checkpoint,
+    context: Context,
 ) -> None:
     """Convert the blocks that are not in the checkpoint yet, then write all from there.
 
@@ -181,7 +187,8 @@ def _stream(
         linears = []
         if chosen.quantization_config() is not None:
             linears = linear_layers(source, reader.entries)
-        chosen.check(linears)
+            for linear in linears:
+                check_shape(scheme, linear.name, linear.out_features, linear.in_features)
         parts = blocks(reader.entries, linears)
 
         def read(name: str) -> torch.Tensor:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowbit_server.errors import invalid
 from lowbit_server.quant import awq_packing
 from lowbit_server.quant.awq_packing import AwqLinear
 from lowbit_server.quant.calibrated import Calibrated, stacked
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lowbit_server.quant.calibration import Samples
-    from lowbit_server.quant.layout import Linear
     from lowbit_server.quant.schemes import AwqScheme
 
 # Exponents that are tried, of the inputs' magnitude and of the weights'.
@@ -49,18 +47,6 @@ class AwqMethod(Calibrated):
         """Quantize the model of a folder on a device; `samples` show how it is used."""
         super().__init__(source, samples, device)
         self._scheme = scheme
-
-    def check(self, linears: Sequence[Linear]) -> None:
-        """Raise INVALID_FIELD that names a layer whose shape the layout cannot take."""
-        size = self._scheme.group_size
-        for linear in linears:
-            if linear.in_features % size or linear.out_features % awq_packing.LANES:
-                shape = f"{linear.out_features} x {linear.in_features}"
-                raise invalid(
-                    "scheme",
-                    f"awq with groups of {size} needs rows in multiples of {awq_packing.LANES} "
-                    f"and columns in multiples of {size}; layer {linear.name} has {shape}",
-                )
 
     def quantization_config(self) -> dict[str, Any]:
         """Return what config.json says about it."""
@@ -142,7 +128,8 @@ class AwqMethod(Calibrated):
 
     def _parts(self, weight: Tensor) -> Tensor:
         """Return a weight (out, in) in groups, (groups, size, out)."""
-        return weight.T.reshape(-1, self._scheme.group_size, len(weight))
+        size = weight.shape[1] if self._scheme.group_size == -1 else self._scheme.group_size
+        return weight.T.reshape(-1, size, len(weight))
 
     def _grid(self, parts: Tensor, share: float | Tensor) -> tuple[Tensor, Tensor]:
         low, high = parts.amin(dim=1) * share, parts.amax(dim=1) * share

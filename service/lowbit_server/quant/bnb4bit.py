@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lowbit_server.errors import invalid
 from lowbit_server.quant.casting import FLOAT_TYPES
 from lowbit_server.quant.method import Stateless
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     import torch
 
-    from lowbit_server.quant.layout import Block, Linear
+    from lowbit_server.quant.layout import Block
     from lowbit_server.quant.schemes import Bnb4BitScheme
 
 BLOCK_SIZE = 64
@@ -31,17 +30,6 @@ class Bnb4BitMethod(Stateless):
         """Quantize on a device."""
         self._scheme = scheme
         self._device = device
-
-    def check(self, linears: Sequence[Linear]) -> None:
-        """Raise INVALID_FIELD that names a layer whose shape the kernels cannot take."""
-        for linear in linears:
-            if linear.in_features % BLOCK_SIZE or linear.out_features % ROW_TILE:
-                shape = f"{linear.out_features} x {linear.in_features}"
-                raise invalid(
-                    "scheme",
-                    f"{self._scheme.name} needs rows in multiples of {ROW_TILE} and columns in "
-                    f"multiples of {BLOCK_SIZE}; layer {linear.name} has {shape}",
-                )
 
     def convert(
         self, block: Block, read: Callable[[str], torch.Tensor]

@@ -20,6 +20,7 @@ from lowbit_server.quant.schemes import (
     Int8Scheme,
     RtnScheme,
 )
+from lowbit_server.quant.shapes import check_shape
 from lowbit_server.store.headers import DTYPE_BITS, TensorEntry
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def quantized(entries: Entries, scheme: Scheme) -> dict[str, TensorEntry]:
     for name, entry in entries.items():
         if name in linears:
             rows, columns = entry.shape
-            _check_shape(name, rows, columns, scheme)
+            check_shape(scheme, name.removesuffix(".weight"), rows, columns)
             found |= dict(_stored(name, rows, columns, scheme))
         elif isinstance(scheme, FloatScheme) and entry.dtype in FLOAT_NAMES.values():
             found[name] = _entry(FLOAT_NAMES[scheme.type], *entry.shape)
@@ -162,23 +163,6 @@ def _check_layers(linears: Iterable[str], scheme: Scheme) -> None:
         )
 
 
-def _check_shape(name: str, rows: int, columns: int, scheme: Scheme) -> None:
-    """Refuse what the methods refuse, too."""
-    match scheme:
-        case GptqScheme() | RtnScheme() | AwqScheme():
-            tile, width = _WORD_BITS, max(scheme.group_size, _WORD_BITS)
-        case Bnb4BitScheme():
-            tile, width = _WORD_BITS, _BNB_BLOCK
-        case _:
-            return
-    if rows % tile or columns % width:
-        raise invalid(
-            "scheme",
-            f"{scheme.name} needs rows in multiples of {tile} and columns in multiples of "
-            f"{width}; {name} has {rows} x {columns}",
-        )
-
-
 def _stored(
     name: str, rows: int, columns: int, scheme: Scheme
 ) -> Iterator[tuple[str, TensorEntry]]:
@@ -208,7 +192,7 @@ def _stored(
             yield f"{stem}.scales", _entry("F16", groups, rows)
             yield f"{stem}.g_idx", _entry("I32", columns)
         case AwqScheme():
-            groups = columns // scheme.group_size
+            groups = 1 if scheme.group_size == -1 else columns // scheme.group_size
             yield f"{stem}.qweight", _entry("I32", columns, rows * 4 // _WORD_BITS)
             yield f"{stem}.qzeros", _entry("I32", groups, rows * 4 // _WORD_BITS)
             yield f"{stem}.scales", _entry("F16", groups, rows)

@@ -16,16 +16,15 @@ from lowbit_server.quant.calibrated import Calibrated, stacked
 from lowbit_server.quant.decoder import ACTIVATIONS
 from lowbit_server.quant.dynamic import overrides
 from lowbit_server.quant.packing import PackedLinear
-from lowbit_server.quant.rtn import check_finite, check_shapes, grid, quantization_config
+from lowbit_server.quant.rtn import check_finite, grid, quantization_config
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
 
     from lowbit_server.quant.calibration import Samples
-    from lowbit_server.quant.layout import Linear
     from lowbit_server.quant.schemes import GptqScheme
 
 # Columns whose errors reach the later ones in one product.
@@ -46,10 +45,6 @@ class GptqMethod(Calibrated):
     def losses(self) -> tuple[float, ...]:
         """How much each finished layer lost: its linear layers' relative output errors, added."""
         return tuple(self._losses)
-
-    def check(self, linears: Sequence[Linear]) -> None:
-        """Raise INVALID_FIELD that names a layer whose shape the layout cannot take."""
-        check_shapes(self._scheme, linears)
 
     def quantization_config(self) -> dict[str, Any]:
         """Return what config.json says about it."""

@@ -13,9 +13,9 @@ from lowbit_server.quant.casting import cast
 from lowbit_server.quant.method import Stateless
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-    from lowbit_server.quant.layout import Block, Linear
+    from lowbit_server.quant.layout import Block
     from lowbit_server.quant.schemes import Int8Scheme
 
 # The number that bitsandbytes writes for its only remaining layout, row-major.
@@ -29,9 +29,6 @@ class Int8Method(Stateless):
         """Quantize on a device."""
         self._scheme = scheme
         self._device = device
-
-    def check(self, linears: Sequence[Linear]) -> None:
-        """Take every layer."""
 
     def convert(
         self, block: Block, read: Callable[[str], torch.Tensor]

@@ -9,18 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     import torch
 
-    from lowbit_server.quant.layout import Block, Linear
+    from lowbit_server.quant.layout import Block
 
 
 class Method(Protocol):
     """Quantizes a model block by block."""
-
-    def check(self, linears: Sequence[Linear]) -> None:
-        """Raise INVALID_FIELD, before work starts, that names a layer it cannot take."""
 
     def convert(
         self, block: Block, read: Callable[[str], torch.Tensor]

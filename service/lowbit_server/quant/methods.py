@@ -21,22 +21,19 @@ from lowbit_server.quant.schemes import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import torch
 
     from lowbit_server.quant.calibration import Samples
-    from lowbit_server.quant.layout import Block, Linear
+    from lowbit_server.quant.layout import Block
     from lowbit_server.quant.method import Method
     from lowbit_server.quant.schemes import Scheme
 
 
 class FloatMethod(Stateless):
     """Keeps every tensor; the cast happens where tensors are read."""
-
-    def check(self, linears: Sequence[Linear]) -> None:
-        """Take every layer."""
 
     def convert(
         self, block: Block, read: Callable[[str], torch.Tensor]

@@ -13,12 +13,12 @@ import torch
 
 from lowbit_server.errors import invalid
 from lowbit_server.quant.method import Stateless
-from lowbit_server.quant.packing import WORD_BITS, PackedLinear
+from lowbit_server.quant.packing import PackedLinear
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-    from lowbit_server.quant.layout import Block, Linear
+    from lowbit_server.quant.layout import Block
     from lowbit_server.quant.schemes import GptqScheme, RtnScheme
 
 
@@ -29,10 +29,6 @@ class RtnMethod(Stateless):
         """Quantize on a device."""
         self._scheme = scheme
         self._device = device
-
-    def check(self, linears: Sequence[Linear]) -> None:
-        """Raise INVALID_FIELD that names a layer whose shape the layout cannot take."""
-        check_shapes(self._scheme, linears)
 
     def convert(
         self, block: Block, read: Callable[[str], torch.Tensor]
@@ -93,21 +89,6 @@ def quantization_config(scheme: RtnScheme | GptqScheme) -> dict[str, Any]:
             "method": scheme.name,
         },
     }
-
-
-def check_shapes(scheme: RtnScheme | GptqScheme, linears: Sequence[Linear]) -> None:
-    """Raise INVALID_FIELD that names a layer whose shape the GPTQ layout cannot take."""
-    # Groups of every size there is hold whole words.
-    columns = max(scheme.group_size, WORD_BITS)
-    for linear in linears:
-        if linear.in_features % columns or linear.out_features % WORD_BITS:
-            shape = f"{linear.out_features} x {linear.in_features}"
-            raise invalid(
-                "scheme",
-                f"{scheme.name} with groups of {scheme.group_size} needs rows in "
-                f"multiples of {WORD_BITS} and columns in multiples of {columns}; "
-                f"layer {linear.name} has {shape}",
-            )
 
 
 def grid(parts: torch.Tensor, bits: int, *, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:

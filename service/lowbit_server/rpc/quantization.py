@@ -50,9 +50,6 @@ class QuantizationService(QuantizationServiceServicer):
             calibrated = registry.follows(source)
         else:
             registry.check(scheme, source, device, gptqmodel=self._gptqmodel)
-            if isinstance(scheme, GptqScheme) and scheme.layers:
-                folder = self._catalog.path(source)
-                await asyncio.to_thread(lambda: footprint.read(source, folder).copied(scheme))
             calibrated = registry.is_calibrated(scheme)
         calibration = await self._calibration(request, source, scheme, calibrated=calibrated)
         if request.skip_evaluation:
@@ -65,6 +62,8 @@ class QuantizationService(QuantizationServiceServicer):
             evaluation = None
         else:
             evaluation = await self._evaluation(request.evaluation, source.context_tokens)
+        if not isinstance(scheme, AutoScheme):
+            await self._check_layers(scheme, source)
         spec = QuantizeSpec(
             model=request.target,
             source=source.name,
@@ -143,6 +142,16 @@ class QuantizationService(QuantizationServiceServicer):
         )
         job = await self._jobs.submit(spec, request.request_id, validate_only=False)
         return pb.EvaluateResponse(job=convert.job(job))
+
+    async def _check_layers(self, scheme: Scheme, source: Manifest) -> None:
+        """Refuse layers that a scheme cannot take, and bits for layers that there are not.
+
+        Of architectures that we know the headers tell which matrices are linear layers; of
+        others the job finds out before it quantizes.
+        """
+        if registry.follows(source) or (isinstance(scheme, GptqScheme) and scheme.layers):
+            folder = self._catalog.path(source)
+            await asyncio.to_thread(lambda: footprint.read(source, folder).copied(scheme))
 
     async def _check_auto(
         self, request: pb.QuantizeRequest, scheme: AutoScheme, source: Manifest, device: str

@@ -10,6 +10,7 @@ from lowbit_server.quant.layout import Block, Linear
 from lowbit_server.quant.packing import PackedLinear
 from lowbit_server.quant.rtn import RtnMethod
 from lowbit_server.quant.schemes import RtnScheme
+from lowbit_server.quant.shapes import check_shape
 
 KINDS = ("normal", "positive", "negative", "offset", "zero", "minus-zero", "tiny", "huge", "one")
 
@@ -35,7 +36,6 @@ def quantized(scheme: RtnScheme, weight: torch.Tensor) -> PackedLinear:
     linear = Linear("layer", *weight.shape)
     block = Block("", ("layer.weight", "norm.weight"), (linear,))
     method = RtnMethod(scheme, "cpu")
-    method.check([linear])
     given = {"layer.weight": weight, "norm.weight": torch.ones(3)}
     found = dict(method.convert(block, given.__getitem__))
     assert torch.equal(found.pop("norm.weight"), torch.ones(3))
@@ -95,9 +95,9 @@ def test_the_grid_is_no_wider_than_needed() -> None:
     ("size", "out", "columns"), [(64, 32, 96), (128, 32, 64), (32, 48, 64), (-1, 32, 48)]
 )
 def test_shapes_are_refused_with_the_layer(size: int, out: int, columns: int) -> None:
-    method = RtnMethod(RtnScheme.model_validate({"group_size": size}), "cpu")
+    scheme = RtnScheme.model_validate({"group_size": size})
     with pytest.raises(LowbitError, match=f"layers.0.up has {out} x {columns}") as caught:
-        method.check([Linear("layers.0.up", out, columns)])
+        check_shape(scheme, "layers.0.up", out, columns)
     assert caught.value.reason is Reason.INVALID_FIELD
     assert caught.value.violations[0].field == "scheme"
 
