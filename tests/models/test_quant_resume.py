@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lowbit_server.quant.schemes import Bnb4BitScheme, RtnScheme
+from lowbit_server.errors import LowbitError, Reason
+from lowbit_server.jobs.spec import CalibrationSpec
+from lowbit_server.quant.registry import is_calibrated
+from lowbit_server.quant.schemes import AwqScheme, Bnb4BitScheme, GptqScheme, RtnScheme
 from lowbit_server.store.checkpoint import Checkpoint
 from tests.models.quantkit import FAMILIES, Store, random_source
 
@@ -35,20 +38,38 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, finished: int) -> None:
     monkeypatch.setattr(Checkpoint, "commit", dying)
 
 
-@pytest.mark.parametrize(
-    "scheme", [RtnScheme(), Bnb4BitScheme(quant_type="nf4")], ids=lambda scheme: scheme.name
+CALIBRATION = CalibrationSpec(
+    text_inline=tuple(f"Sample {n} of many: {n * n}." for n in range(80)),
+    samples=8,
+    sequence_tokens=16,
 )
-def test_each_block_may_be_the_last_of_a_process(tmp_path: Path, scheme: Scheme) -> None:
+SCHEMES: list[Scheme] = [
+    RtnScheme(),
+    Bnb4BitScheme(quant_type="nf4"),
+    GptqScheme(),
+    AwqScheme(),
+]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A store with a model of three layers."""
     (tmp_path / "home").mkdir()
     store = Store(tmp_path / "home")
     store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]))
-    whole = store.quantized(scheme, "whole")
+    return store
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+def test_each_block_may_be_the_last_of_a_process(store: Store, scheme: Scheme) -> None:
+    calibration = CALIBRATION if is_calibrated(scheme) else None
+    whole = store.quantized(scheme, "whole", calibration=calibration)
     processes = 1
     while True:
         with pytest.MonkeyPatch.context() as patch:
             interrupt(patch, 1)
             try:
-                made = store.quantized(scheme, "small")
+                made = store.quantized(scheme, "small", calibration=calibration)
                 break
             except Interrupted:
                 shutil.rmtree(store.models / "small")
@@ -59,3 +80,20 @@ def test_each_block_may_be_the_last_of_a_process(tmp_path: Path, scheme: Scheme)
         if file.name != "lowbit.json":
             assert (made / file.name).read_bytes() == file.read_bytes(), file.name
     assert store.manifest("small").files == store.manifest("whole").files
+
+
+def test_another_source_or_calibration_is_refused_by_name(store: Store, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 2)
+        with pytest.raises(Interrupted):
+            store.quantized(GptqScheme(), calibration=CALIBRATION)
+    before = store.manifest("base")
+    shutil.rmtree(store.models / "small")
+    shutil.rmtree(store.models / "base")
+    store.imported(tmp_path / "source", kind="fp32")
+    after = store.manifest("base")
+    with pytest.raises(LowbitError) as caught:
+        store.quantized(GptqScheme(), calibration=CALIBRATION.model_copy(update={"seed": 1}))
+    assert caught.value.reason is Reason.CHECKPOINT_MISMATCH
+    assert caught.value.metadata["fields"].split(", ")[:2] == ["calibration", "source"]
+    assert f"source was {before.revision}, is {after.revision}" in caught.value.message
