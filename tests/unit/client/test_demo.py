@@ -72,7 +72,7 @@ def home(tmp_path: Path) -> Path:
 
 def script(server: FakeServer) -> None:
     """Let the fake server answer everything that the demo asks."""
-    quality = quality_pb2.QualityReport(perplexity=17.5, base_perplexity=13.5)
+    quality = quality_pb2.QualityReport(perplexity=17.5, base_perplexity=13.5, mean_kl=0.25)
     done = WatchJobResponse(sequence=1, job=Job(id="j", state=JOB_STATE_SUCCEEDED))
     device = runtime.Device(
         workers=[runtime.Worker(state=runtime.WORKER_STATE_READY)],
@@ -135,8 +135,10 @@ def test_the_whole_demo(  # noqa: PLR0913 - one run shows it all
     (source,) = server.requests("ImportModel")
     assert (source.model, source.source.path) == ("smollm2", str(gguf))
     targets = [(item.target, item.evaluation.max_tokens) for item in server.requests("Quantize")]
-    assert targets == [("smollm2-int8", 2048), ("smollm2-nf4", 2048)]
-    names = ["smollm2", "smollm2-int8", "smollm2-nf4"]
+    names = ["smollm2", "smollm2-int8", "smollm2-nf4", "smollm2-gptq"]
+    assert targets == [(name, 2048) for name in names[1:]]
+    calibrated = [item for item in server.requests("Quantize") if item.HasField("calibration")]
+    assert [item.target for item in calibrated] == ["smollm2-gptq"]
     for method, times in (("Load", 1), ("Generate", 2), ("Unload", 1)):
         assert [item.model for item in server.requests(method)] == names * times
 
@@ -149,14 +151,15 @@ def test_the_whole_demo(  # noqa: PLR0913 - one run shows it all
         "disk_bytes": 2048,
         "live_bytes": 100,
         "perplexity": 17.5,
+        "mean_kl": 0.25,
         "tokens_per_second": 1.0,
         "time_to_first_token_s": 0.005,
         "answer": "Paris",
         "finish_reason": "EOS",
     }
-    assert [item["perplexity"] for item in document["models"]] == [13.5, 17.5, 17.5]
+    assert [item["perplexity"] for item in document["models"]] == [13.5, 17.5, 17.5, 17.5]
     out = capfd.readouterr().out
-    assert out.count("Paris\n") == 3
+    assert out.count("Paris\n") == 4
     assert "17.50" in out
 
 
