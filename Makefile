@@ -9,7 +9,7 @@ GENERATED := build/generated
 LIGHT := build/light.binpb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint proto generate checkgenerate unit conformance bench bench-clients interop lock clean
+.PHONY: help demo test lint proto generate checkgenerate unit conformance bench bench-clients bench-quantize interop lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,14 +65,20 @@ bench: $(READY) ## Measure what the server adds to a scripted engine
 bench-clients: $(READY) ## Measure how many tokens a second each SDK reads
 	$(BIN)/python benchmarks/clients.py
 
+bench-quantize: .interop/gptqmodel/.ready ## Measure our quantizers beside gptqmodel's
+	@test -d .models/smollm2-bf16 || $(BIN)/python -m pytest -q tests/models/test_quant_rtn.py -k real
+	$(BIN)/python -m benchmarks.quantize .models/smollm2-bf16 \
+		--gptqmodel .interop/gptqmodel/bin/python $(BENCH_FLAGS)
+
 interop: .interop/gptqmodel/.ready .interop/vllm/.ready ## Load artefacts in transformers and vLLM, each in its environment
 	@test -d .models/smollm2-bf16 || $(BIN)/python -m pytest -q tests/models/test_quant_rtn.py -k real
 	$(BIN)/python -m tests.interop.run --base .models/smollm2-bf16 \
 		--transformers .interop/gptqmodel/bin/python --vllm .interop/vllm/bin/python $(INTEROP_FLAGS)
 
-.interop/gptqmodel/.ready: $(READY)
+.interop/gptqmodel/.ready: $(READY) tests/interop/gptqmodel.txt
 	$(PYTHON) -m venv .interop/gptqmodel
-	$(BIN)/uv pip install -q -p .interop/gptqmodel -e client/python -e '.[gptqmodel]'
+	$(BIN)/uv pip install -q -p .interop/gptqmodel --no-deps --require-hashes -r tests/interop/gptqmodel.txt
+	$(BIN)/uv pip install -q -p .interop/gptqmodel --no-deps -e client/python -e .
 	@touch $@
 
 # Its own pins name builds of torch that only another index has.
@@ -84,6 +90,8 @@ interop: .interop/gptqmodel/.ready .interop/vllm/.ready ## Load artefacts in tra
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 	$(BIN)/uv pip compile -q --upgrade pyproject.toml --group dev --generate-hashes \
 		--no-emit-index-url --no-header --no-emit-package lowbit -o requirements.txt
+	$(BIN)/uv pip compile -q --upgrade pyproject.toml --extra gptqmodel --generate-hashes \
+		--no-emit-index-url --no-header --no-emit-package lowbit -o tests/interop/gptqmodel.txt
 
 clean: ## Remove what the commands made
 	rm -rf .venv .demo .interop .models build

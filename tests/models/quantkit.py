@@ -15,6 +15,10 @@ from lowbit_server.jobs.importing import import_model
 from lowbit_server.jobs.quantizing import quantize_model
 from lowbit_server.jobs.report import Reporter
 from lowbit_server.jobs.spec import JOB_REPORT, ImportSpec, Progress, QuantizeSpec
+from lowbit_server.models.transformers import place
+from lowbit_server.quant.awq_packing import AwqLinear
+from lowbit_server.quant.foreign import grouped_bits
+from lowbit_server.quant.packing import PackedLinear
 from lowbit_server.quant.rtn import grid, nearest
 from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
 from lowbit_server.store.sealing import check_files
@@ -174,3 +178,24 @@ def rounded(weight: torch.Tensor, bits: int, size: int, *, sym: bool) -> tuple[t
     groups = weight.float().T.reshape(-1, size, len(weight))
     scales, zeros = grid(groups, bits, sym=sym)
     return nearest(groups, scales, zeros, bits).flatten(0, 1), zeros, scales
+
+
+def dense(base: Path, folder: Path, dtype: torch.dtype) -> Any:
+    """Return a quantized copy's model with plain weights: what its codes stand for."""
+    said = config(folder)["quantization_config"]
+    if said["quant_method"] == "bitsandbytes":
+        return place(folder, "cpu")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    tensors = weights(folder)
+    for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
+        packed: GroupedWeight
+        if said["quant_method"] == "awq":
+            packed = AwqLinear(*(tensors.pop(f"{name}.{key}") for key in AwqLinear.keys))
+        else:
+            parts = (tensors.pop(f"{name}.{key}") for key in PackedLinear.keys)
+            packed = PackedLinear(grouped_bits(said, name), *parts)
+        tensors[f"{name}.weight"] = packed.dequantized(dtype)
+    left = model.load_state_dict(tensors, strict=False)
+    assert left.unexpected_keys == []
+    assert set(left.missing_keys) <= {"lm_head.weight"}  # tied
+    return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,13 +13,11 @@ from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.spec import CalibrationSpec, EvaluationSpec
 from lowbit_server.models.transformers import place
 from lowbit_server.quant.awq import AwqMethod
-from lowbit_server.quant.awq_packing import AwqLinear
 from lowbit_server.quant.calibrated import Calibrated
 from lowbit_server.quant.calibration import Samples
 from lowbit_server.quant.layout import blocks, linear_layers
-from lowbit_server.quant.packing import PackedLinear
 from lowbit_server.quant.schemes import AwqScheme, GptqScheme, LayerBits, RtnScheme
-from tests.models.quantkit import FAMILIES, SIZES, Store, random_source, weights
+from tests.models.quantkit import FAMILIES, SIZES, Store, dense, random_source, weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,26 +80,6 @@ def test_hidden_states_are_those_of_transformers(family: str, tmp_path: Path) ->
             assert off < 0.01
 
 
-def dense(base: Path, small: Path, scheme: Scheme) -> Any:
-    """Return the source's model with what a quantized copy's tensors stand for, float64."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").double()
-    tensors = weights(small)
-    bits = {layer.layer: layer.bits for layer in getattr(scheme, "layers", ())}
-    for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
-        packed: PackedLinear | AwqLinear
-        if scheme.name == "awq":
-            packed = AwqLinear(*(tensors.pop(f"{name}.{key}") for key in AwqLinear.keys))
-        else:
-            own = bits.get(int(name.split(".")[2]), getattr(scheme, "bits", 4))
-            keys = ("qweight", "qzeros", "scales", "g_idx")
-            packed = PackedLinear(own, *(tensors.pop(f"{name}.{key}") for key in keys))
-        tensors[f"{name}.weight"] = packed.dequantized(torch.float64)
-    left = model.load_state_dict(tensors, strict=False)
-    assert left.unexpected_keys == []
-    assert set(left.missing_keys) <= {"lm_head.weight"}
-    return model
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=range(len(SCHEMES)))
 def test_it_serves_what_the_codes_stand_for(
@@ -112,7 +90,7 @@ def test_it_serves_what_the_codes_stand_for(
     ids = torch.arange(1, TOKENS + 1).unsqueeze(0)
     with torch.inference_mode():
         served = place(small, "cpu")(input_ids=ids).logits.double()
-        expected = dense(base, small, scheme)(ids).logits
+        expected = dense(base, small, torch.float64)(ids).logits
         source = AutoModelForCausalLM.from_pretrained(base, dtype="auto")(ids).logits.double()
     # bfloat16 against float64; what quantizing changed is more.
     off = float((served - expected).norm() / expected.norm())

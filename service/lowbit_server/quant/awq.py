@@ -7,6 +7,7 @@ Imports torch and transformers: for job processes only.
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _STEPS = 10
 # Shares of a group's range that are tried, from all of it down.
 _SHARES = [1 - step / 20 for step in range(11)]
+# Rows of a weight whose errors choose between scales: they rank the candidates as all do.
+_ROWS = 512
 # Where each stage's scales go: the layer before it, whose outputs shrink by them.
 _BEFORE = {
     QKV: "input_layernorm",
@@ -83,6 +86,7 @@ class AwqMethod(Calibrated):
             # Heads that share values share the rows that make them.
             heads = [self._heads(one) for one in (loud, heavy)]
             loud, heavy = (one.mean(dim=1, keepdim=True).expand_as(one).flatten() for one in heads)
+        weight = weight[:: math.ceil(len(weight) / _ROWS)]
         best, smallest = torch.ones_like(loud), torch.inf
         for step, duo in product(range(_STEPS), (False, True)):
             share = step / _STEPS

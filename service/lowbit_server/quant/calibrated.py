@@ -91,9 +91,10 @@ class Calibrated:
             chunk.add_(layer.project(OUTPUT, part))
         del attended
         yield GATE_UP, _gram(layer.mlp_input(chunk) for chunk in chunks)
-        yield (DOWN,), _gram(layer.mlp(layer.mlp_input(chunk)) for chunk in chunks)
-        for chunk in chunks:
-            chunk.add_(layer.project(DOWN, layer.mlp(layer.mlp_input(chunk))))
+        gated = [layer.mlp(layer.mlp_input(chunk)) for chunk in chunks]
+        yield (DOWN,), _gram(gated)
+        for chunk, part in zip(chunks, gated, strict=True):
+            chunk.add_(layer.project(DOWN, part))
 
 
 def _gram(inputs: Iterable[Tensor]) -> Gram:
