@@ -53,7 +53,6 @@ SCHEMES: dict[str, Scheme] = {
     "int8": Int8Scheme(),
     "nf4": Bnb4BitScheme(quant_type="nf4"),
     "fp4": Bnb4BitScheme(quant_type="fp4"),
-    "rtn-2": RtnScheme(bits=2, group_size=32),
     "rtn-3": RtnScheme(bits=3),
     "rtn-4": RtnScheme(),
     "rtn-4-sym": RtnScheme(sym=True),
