@@ -140,7 +140,7 @@ def test_scales_of_awq_cancel_out(
 
     class Kept:
         def __init__(self, weight: torch.Tensor) -> None:
-            self.weight = weight
+            self.weight = self.scales = weight
 
         def tensors(self, name: str) -> dict[str, torch.Tensor]:
             return {f"{name}.weight": self.weight}
