@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _STEPS = 10
 # Shares of a group's range that are tried, from all of it down.
 _SHARES = [1 - step / 20 for step in range(11)]
-# Rows of a weight whose errors choose between scales: they rank the candidates as all do.
+# Rows of a weight, evenly spread, whose errors choose between scales; all would take longer.
 _ROWS = 512
 # Where each stage's scales go: the layer before it, whose outputs shrink by them.
 _BEFORE = {
