@@ -49,8 +49,8 @@ class RefusingStage:
 
     def __exit__(self, *_: object) -> None:
         """Kill it."""
-        self._process.kill()
-        self._process.wait()
+        with self._process:  # closes its output
+            self._process.kill()
 
     def settle(self) -> None:
         """Do nothing: it has no state."""

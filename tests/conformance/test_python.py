@@ -23,7 +23,7 @@ def testee() -> Iterator[Testee]:
         yield testee
 
 
-@pytest.mark.parametrize("file", suites(), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", list(suites()), ids=lambda file: file.stem)
 def test_suite(testee: Testee, file: Path) -> None:
     problems = {name: problem for name, problem, _ in play_suite(file, testee) if problem}
     assert not problems

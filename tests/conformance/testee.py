@@ -86,14 +86,14 @@ class Testee:
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.close()
-        try:
-            code = self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            raise TesteeError("it did not end with its input") from None
-        if code:
-            raise TesteeError(f"it ended with exit code {code}:\n{self.stderr()[-4000:]}")
+        with self._stderr, self._process:  # closes its output
+            try:
+                code = self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                raise TesteeError("it did not end with its input") from None
+            if code:
+                raise TesteeError(f"it ended with exit code {code}:\n{self.stderr()[-4000:]}")
 
     def send(self, line: dict[str, Any]) -> None:
         """Write a line to it."""

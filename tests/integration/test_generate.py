@@ -9,7 +9,6 @@ import pytest
 from grpc import StatusCode
 
 from lowbit.v1 import generation_pb2 as pb
-from lowbit.v1 import job_pb2, quantization_pb2
 from lowbit_server.testing import scripted_model
 
 if TYPE_CHECKING:
@@ -309,7 +308,6 @@ def not_offered() -> list[Any]:
     text = {"model": "echo", "text": "x"}
     ids = pb.TokenIds(ids=[1])
     choice = pb.Choice(options=["a"])
-    scheme = quantization_pb2.Scheme(int8=quantization_pb2.Int8Scheme())
     requests: list[tuple[str, str, Any]] = [
         ("generation", "Generate", pb.GenerateRequest(**text, constraint={kind: value}))
         for kind, value in (
@@ -324,13 +322,6 @@ def not_offered() -> list[Any]:
         ("generation", "Generate", pb.GenerateRequest(**text, output={"logprobs": 0})),
         ("generation", "Generate", pb.GenerateRequest(**text, output={"echo": True})),
         ("generation", "Score", pb.ScoreRequest(**text, continuations=[ids])),
-        ("quantization", "Evaluate", quantization_pb2.EvaluateRequest(model="echo")),
-        (
-            "quantization",
-            "EstimateQuantization",
-            quantization_pb2.EstimateQuantizationRequest(source="echo", scheme=scheme),
-        ),
-        ("jobs", "ResumeJob", job_pb2.ResumeJobRequest(id="any")),
     ]
     return [pytest.param(*one, id=f"{index}-{one[1]}") for index, one in enumerate(requests)]
 

@@ -1681,7 +1681,7 @@ type SchemeAvailability struct {
 	CanQuantize bool `protobuf:"varint,2,opt,name=can_quantize,json=canQuantize,proto3" json:"can_quantize,omitempty"`
 	// Whether such models can be served here.
 	CanServe bool `protobuf:"varint,3,opt,name=can_serve,json=canServe,proto3" json:"can_serve,omitempty"`
-	// Why not, and what to install; empty when both can be done.
+	// Why not, and what to install, even if only some architectures need it.
 	Reason        string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

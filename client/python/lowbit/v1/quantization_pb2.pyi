@@ -880,7 +880,7 @@ class SchemeAvailability(_message.Message):
     can_serve: _builtins.bool
     """Whether such models can be served here."""
     reason: _builtins.str
-    """Why not, and what to install; empty when both can be done."""
+    """Why not, and what to install, even if only some architectures need it."""
     def __init__(
         self,
         *,

@@ -851,7 +851,7 @@ export type SchemeAvailability = Message<"lowbit.v1.SchemeAvailability"> & {
   canServe: boolean;
 
   /**
-   * Why not, and what to install; empty when both can be done.
+   * Why not, and what to install, even if only some architectures need it.
    *
    * @generated from field: string reason = 4;
    */
