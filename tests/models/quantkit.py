@@ -18,8 +18,8 @@ from lowbit_server.jobs.spec import JOB_REPORT, ImportSpec, Progress, QuantizeSp
 from lowbit_server.models.transformers import place
 from lowbit_server.quant.awq_packing import AwqLinear
 from lowbit_server.quant.foreign import grouped_bits
+from lowbit_server.quant.grids import grid, nearest
 from lowbit_server.quant.packing import PackedLinear
-from lowbit_server.quant.rtn import grid, nearest
 from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
 from lowbit_server.store.sealing import check_files
 from lowbit_server.store.tensors import TensorWriter

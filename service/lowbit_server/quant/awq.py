@@ -17,7 +17,7 @@ from lowbit_server.quant import awq_packing
 from lowbit_server.quant.awq_packing import AwqLinear
 from lowbit_server.quant.calibrated import Calibrated, stacked
 from lowbit_server.quant.decoder import DOWN, GATE_UP, OUTPUT, QKV
-from lowbit_server.quant.rtn import between, check_finite, nearest
+from lowbit_server.quant.grids import between, check_finite, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 BITS = 4
@@ -59,6 +61,14 @@ class AwqLinear:
     def of(cls, codes: Tensor, zeros: Tensor, scales: Tensor) -> Self:
         """Pack codes uint8 (in, out), zero points from 0 to 15 and scales (groups, out)."""
         return cls(pack(codes), pack(zeros), scales.to(torch.float16).contiguous())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self | None:
+        """Return layers of the same input as one, or None when their groups differ."""
+        if any(len(one.scales) != len(parts[0].scales) for one in parts):
+            return None
+        keys = [[getattr(one, key) for one in parts] for key in cls.keys]
+        return cls(*(torch.cat(tensors, dim=1) for tensors in keys))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint, by name, for the layer of a name."""

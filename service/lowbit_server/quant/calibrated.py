@@ -84,8 +84,10 @@ class Calibrated:
         """
         tokens = self._hidden.shape[1]
         chunks = torch.split(self._hidden, max(1, _CHUNK_TOKENS // tokens))
-        yield QKV, _gram(layer.attention_input(chunk) for chunk in chunks)
-        attended = [layer.attention(layer.attention_input(chunk)) for chunk in chunks]
+        normed = [layer.attention_input(chunk) for chunk in chunks]
+        yield QKV, _gram(normed)
+        attended = [layer.attention(part) for part in normed]
+        del normed
         yield (OUTPUT,), _gram(attended)
         for chunk, part in zip(chunks, attended, strict=True):
             chunk.add_(layer.project(OUTPUT, part))

@@ -6,7 +6,6 @@ Transformers", algorithm 1. Imports torch and transformers: for job processes on
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +14,8 @@ from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.quant.calibrated import Calibrated, stacked
 from lowbit_server.quant.decoder import ACTIVATIONS
 from lowbit_server.quant.dynamic import overrides
-from lowbit_server.quant.packing import PackedLinear
-from lowbit_server.quant.rtn import check_finite, grid, quantization_config
+from lowbit_server.quant.grids import check_finite, grid
+from lowbit_server.quant.packing import PackedLinear, quantization_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -154,9 +153,9 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
 
     Raises LowbitError(SOURCE_CORRUPT) when the inputs were no finite numbers.
     """
-    mean = float(gram.diagonal().mean())
-    if not math.isfinite(mean):
+    if not bool(gram.isfinite().all()):
         raise LowbitError(Reason.SOURCE_CORRUPT, "activations of the source overflow")
+    mean = float(gram.diagonal().mean())
     while True:
         damped = gram + torch.eye(len(gram), device=gram.device) * (damp * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))

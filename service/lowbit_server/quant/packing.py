@@ -10,12 +10,17 @@ Imports torch: for job and worker processes only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
+
+    from lowbit_server.quant.schemes import GptqScheme, RtnScheme
 
 WORD_BITS = 32
 _WORD = (1 << WORD_BITS) - 1
@@ -83,6 +88,20 @@ class PackedLinear:
             torch.arange(len(codes), dtype=torch.int32, device=codes.device) // size,
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self | None:
+        """Return layers of the same input as one, or None when bits or groups differ."""
+        first = parts[0]
+        if any(one.bits != first.bits or not one.g_idx.equal(first.g_idx) for one in parts):
+            return None
+        return cls(
+            first.bits,
+            torch.cat([one.qweight for one in parts], dim=1),
+            torch.cat([one.qzeros for one in parts], dim=1),
+            torch.cat([one.scales for one in parts], dim=1),
+            first.g_idx,
+        )
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint, by name, for the layer of a name."""
         return {f"{name}.{key}": getattr(self, key) for key in self.keys}
@@ -129,3 +148,24 @@ class PackedLinear:
         groups = self.g_idx.to(torch.int64)
         steps = self.codes().to(torch.int32) - self.zeros()[groups]
         return (steps * self.scales.float()[groups]).T.to(dtype).contiguous()
+
+
+def quantization_config(scheme: RtnScheme | GptqScheme) -> dict[str, Any]:
+    """Return what config.json says about a checkpoint in the GPTQ layout.
+
+    Groups are runs of neighbouring columns in any order of rounding: to readers, none is
+    reordered (`desc_act`).
+    """
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": scheme.sym,
+        "desc_act": False,
+        # Where gptqmodel names itself, too; `quant.foreign` knows the method by it.
+        "meta": {
+            "quantizer": [f"lowbit-server:{version('lowbit-server')}"],
+            "method": scheme.name,
+        },
+    }

@@ -6,20 +6,19 @@ processes only.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lowbit_server.errors import invalid
+from lowbit_server.quant.grids import check_finite, grid, nearest
 from lowbit_server.quant.method import Stateless
-from lowbit_server.quant.packing import PackedLinear
+from lowbit_server.quant.packing import PackedLinear, quantization_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import torch
+
     from lowbit_server.quant.layout import Block
-    from lowbit_server.quant.schemes import GptqScheme, RtnScheme
+    from lowbit_server.quant.schemes import RtnScheme
 
 
 class RtnMethod(Stateless):
@@ -60,76 +59,3 @@ class RtnMethod(Stateless):
         check_finite(name, scales)
         codes = nearest(parts, scales, zeros, bits)
         return PackedLinear.of(bits, codes.reshape(-1, len(weight)), zeros, scales)
-
-
-def check_finite(name: str, scales: torch.Tensor) -> None:
-    """Raise INVALID_FIELD that names a weight whose grid fp16 cannot hold."""
-    if not bool(scales.isfinite().all()):
-        raise invalid(
-            "scheme", f"tensor {name} has infinities, no numbers or steps beyond fp16's 65504"
-        )
-
-
-def quantization_config(scheme: RtnScheme | GptqScheme) -> dict[str, Any]:
-    """Return what config.json says about a checkpoint in the GPTQ layout.
-
-    Groups are runs of neighbouring columns in any order of rounding: to readers, none is
-    reordered (`desc_act`).
-    """
-    return {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "sym": scheme.sym,
-        "desc_act": False,
-        # Where gptqmodel names itself, too; `quant.foreign` knows the method by it.
-        "meta": {
-            "quantizer": [f"lowbit-server:{version('lowbit-server')}"],
-            "method": scheme.name,
-        },
-    }
-
-
-def grid(parts: torch.Tensor, bits: int, *, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scales fp16 and zero points int32 (groups, out) of weights (groups, size, out).
-
-    The grid reaches to half a step of every weight.
-    """
-    return between(parts.amin(dim=1), parts.amax(dim=1), bits, sym=sym)
-
-
-def between(
-    low: torch.Tensor, high: torch.Tensor, bits: int, *, sym: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scales fp16 and zero points int32 of grids from `low` to `high`, all (groups, out).
-
-    Zero is on every grid, and its ends are no further than half a step within. Scales round
-    up for that, as one that rounds down would leave the outermost weights outside. Zero
-    points begin at 1 (see `PackedLinear.of`), so the scale also spans from zero to the
-    largest weight without the grid's lowest point.
-    """
-    last = 2**bits - 1
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    if sym:
-        high = torch.maximum(high, -low)
-        low = -high
-    # Without the sign of a negative zero, from whose bits the next one would be negative.
-    wanted = torch.maximum((high - low) / last, high / (last - 0.5)).abs()
-    scales = wanted.to(torch.float16)
-    # The next fp16 is the next integer in its bits. A group of zeros gets a step, too.
-    above = (scales.view(torch.int16) + 1).view(torch.float16)
-    scales = torch.where((scales.float() < wanted) | (scales == 0), above, scales)
-    if sym:
-        zeros = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.int32)
-    else:
-        zeros = (-low / scales.float()).round().clamp(1, last).to(torch.int32)
-    return scales, zeros
-
-
-def nearest(
-    parts: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int
-) -> torch.Tensor:
-    """Return the codes uint8 (groups, size, out) of the grid points nearest to weights."""
-    steps = (parts / scales.float()[:, None]).round() + zeros[:, None]
-    return steps.clamp(0, 2**bits - 1).to(torch.uint8)

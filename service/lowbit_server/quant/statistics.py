@@ -23,14 +23,20 @@ class Gram:
     def __init__(self) -> None:
         """Begin with no token."""
         self._sum = self._magnitude = torch.zeros(())
+        self._rows = torch.empty(0)
         self._tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs (..., in)."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        inputs = inputs.reshape(-1, inputs.shape[-1])
         if not self._tokens:
-            self._sum = rows.new_zeros(rows.shape[1], rows.shape[1])
-            self._magnitude = rows.new_zeros(rows.shape[1])
+            columns = inputs.shape[1]
+            self._sum = torch.zeros(columns, columns, device=inputs.device)
+            self._magnitude = torch.zeros(columns, device=inputs.device)
+        if len(inputs) > len(self._rows):
+            # Kept: fresh memory costs more time than the copy into it.
+            self._rows = torch.empty(inputs.shape, device=inputs.device)
+        rows = self._rows[: len(inputs)].copy_(inputs)
         for start in range(0, rows.shape[1], _PANEL):
             panel = slice(start, start + _PANEL)
             self._sum[panel, start:].addmm_(rows[:, panel].T, rows[:, start:])

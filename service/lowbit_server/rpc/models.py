@@ -11,7 +11,7 @@ from lowbit_server.errors import LowbitError, Reason, invalid
 from lowbit_server.jobs.spec import ImportSpec
 from lowbit_server.pool.replica import Replica, ReplicaState
 from lowbit_server.quant import footprint
-from lowbit_server.rpc import convert, estimates
+from lowbit_server.rpc import convert, estimates, schemes
 from lowbit_server.store import sources
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class ModelService(ModelServiceServicer):
     ) -> pb.ImportModelResponse:
         """Check the source and queue the job."""
         self._scheduler.check_open()
-        spec = ImportSpec(model=request.model, type=convert.float_type(request.type))
+        spec = ImportSpec(model=request.model, type=schemes.float_type(request.type))
         if request.source.WhichOneof("kind") == "path":
             source = await asyncio.to_thread(
                 sources.inspect,

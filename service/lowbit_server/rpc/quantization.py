@@ -11,7 +11,7 @@ from lowbit_server.errors import LowbitError, Reason, invalid
 from lowbit_server.jobs.spec import CalibrationSpec, EvaluateSpec, EvaluationSpec, QuantizeSpec
 from lowbit_server.quant import footprint, hub_text, ladder, registry
 from lowbit_server.quant.schemes import AutoScheme, GptqScheme, ScriptedScheme
-from lowbit_server.rpc import convert, estimates
+from lowbit_server.rpc import convert, estimates, schemes
 from lowbit_server.store import sources
 from lowbit_server.tokenizer import same_vocabulary
 
@@ -42,9 +42,9 @@ class QuantizationService(QuantizationServiceServicer):
         """Check everything and queue the job."""
         self._scheduler.check_open()
         source = self._catalog.resolve(request.source)
-        scheme = convert.scheme(request.scheme)
+        scheme = schemes.requested(request.scheme)
         device = self._device(request.device)
-        gate = convert.gate(request.gate) if request.HasField("gate") else None
+        gate = schemes.gate(request.gate) if request.HasField("gate") else None
         if isinstance(scheme, AutoScheme):
             await self._check_auto(request, scheme, source, device)
             calibrated = registry.follows(source)
@@ -112,7 +112,7 @@ class QuantizationService(QuantizationServiceServicer):
     ) -> pb.EstimateQuantizationResponse:
         """Say what a copy would take, from the source's headers; nothing is started."""
         source = self._catalog.resolve(request.source)
-        scheme = convert.scheme(request.scheme)
+        scheme = schemes.requested(request.scheme)
         if isinstance(scheme, AutoScheme):
             raise invalid("scheme", "auto tries several schemes: estimate those of interest")
         registry.check_source(source)

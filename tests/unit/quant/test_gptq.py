@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.quant.gptq import inverse_factor, quantize
-from lowbit_server.quant.rtn import grid, nearest
+from lowbit_server.quant.grids import grid, nearest
 from lowbit_server.quant.schemes import GptqScheme
 
 SCHEMES = [
