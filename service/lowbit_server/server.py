@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from lowbit.v1 import (
     generation_pb2,
@@ -37,6 +36,7 @@ from lowbit_server.rpc.interceptors import PublicInterceptor
 from lowbit_server.rpc.jobs import JobService
 from lowbit_server.rpc.models import ModelService
 from lowbit_server.rpc.quantization import QuantizationService
+from lowbit_server.rpc.reflection import add_reflection
 from lowbit_server.rpc.runtime import RuntimeService
 from lowbit_server.scheduler import Scheduler
 from lowbit_server.store.artifacts import ArtifactStore
@@ -100,9 +100,7 @@ class Server:
             self._grpc,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection(
-            [*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._grpc
-        )
+        add_reflection([*SERVICES, health.SERVICE_NAME], self._grpc)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain and stop; a second signal ends at once."""
