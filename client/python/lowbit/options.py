@@ -26,7 +26,7 @@ class TlsOptions:
     """How the server is known, and how it knows this client; all files are PEM."""
 
     ca: bytes | None = None
-    """Authorities that may have signed the server's certificate; None: the system's."""
+    """Authorities that may have signed the server's certificate; None: gRPC's own."""
 
     certificate: bytes | None = None
     """This client's certificate, for servers that ask for one; needs `key`."""
