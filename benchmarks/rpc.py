@@ -102,7 +102,7 @@ class PrivateStream:
         self._arrivals[request], self._ends[request] = [], asyncio.Event()
         began = time.perf_counter()
         submit = wire.Submit(
-            request=request, model="scripted", prompt=PROMPT_IDS, max_tokens=TOKENS, top_p=1
+            request=request, model="scripted", prompt=PROMPT_IDS, max_tokens=TOKENS, top_p=1, n=1
         )
         self._link.send(wire.AttachRequest(submit=submit))
         async with asyncio.timeout(REQUEST_TIMEOUT_S):

@@ -72,13 +72,13 @@ class Config(BaseSettings):
     """Allows models of the scripted engine, which makes tokens by script (for tests)."""
 
     max_admitted_requests: int = Field(default=256, ge=1, le=65536)
-    """Requests that run or wait at one time; the next one is refused."""
+    """Requests that run or wait at one time; the next one is refused. Each output counts."""
     max_running_requests: int = Field(default=32, ge=1, le=1024)
-    """Requests that one model runs at one time in one worker."""
+    """Requests that one model runs at one time in one worker. Each output counts."""
     kv_cache_bytes: int = Field(default=2 << 30, ge=1 << 20)
     """KV cache of one model in one worker, bytes."""
     stream_buffer_tokens: int = Field(default=1024, ge=16, le=1 << 20)
-    """Tokens that a slow reader may lag behind before its stream is failed."""
+    """Tokens of each output that a slow reader may lag behind before its stream is failed."""
     max_message_bytes: int = Field(default=16 << 20, ge=1 << 16, le=1 << 30)
     """Largest request message, bytes."""
 

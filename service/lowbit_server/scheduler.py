@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
-from lowbit_server.errors import LowbitError, Reason
+from lowbit_server.errors import LowbitError, Reason, invalid
 from lowbit_server.pool.replica import Replica, ReplicaState
 from lowbit_server.pool.stream import RequestStream
 from lowbit_server.signals import Changed
@@ -45,21 +46,31 @@ def choose(model: str, replicas: Sequence[Replica]) -> Replica:
 
 
 class Admission:
-    """One place among the admitted requests; it ends once, whoever ends it first."""
+    """Places among the admitted requests; they end once, whoever ends them first."""
 
-    def __init__(self, count: Callable[[int], None], context_tokens: int) -> None:
-        """Take a place; `count` adds to the number of places taken."""
+    def __init__(self, count: Callable[[int], None], places: int, context_tokens: int) -> None:
+        """Take some places; `count` adds to the number of places taken."""
         self._count = count
+        self._places = places
         self.context_tokens = context_tokens
         """Most tokens of prompt and output together."""
         self._ended = False
-        count(1)
+        count(places)
 
     def end(self) -> None:
-        """Give the place back."""
+        """Give the places back."""
         if not self._ended:
             self._ended = True
-            self._count(-1)
+            self._count(-self._places)
+
+
+class Run(NamedTuple):
+    """A request on a worker."""
+
+    replica: Replica
+    stream: RequestStream
+    cancel_output: Callable[[int], None]
+    """Cancels the output with this index; the others go on."""
 
 
 class Scheduler:
@@ -68,35 +79,39 @@ class Scheduler:
     def __init__(self, config: Config, pool: Pool) -> None:
         """Admit requests to the models of `pool`."""
         self._limit = config.max_admitted_requests
+        self._most_outputs = min(config.max_admitted_requests, config.max_running_requests)
         self._buffer_tokens = config.stream_buffer_tokens
         self._pool = pool
         self._numbers = itertools.count(1)
         self.admitted = 0
-        """Requests that run or wait."""
+        """Requests that run or wait; each of a request's outputs counts as one."""
         self.draining = False
         """Set by the server when it shall admit nothing new."""
         self._left = Changed()
 
     @contextmanager
-    def admit(self, model: str) -> Iterator[Admission]:
-        """Hold an admission for a request to a model while the block runs.
+    def admit(self, model: str, outputs: int = 1) -> Iterator[Admission]:
+        """Hold an admission for a request of some outputs to a model while the block runs.
 
-        Raises SHUTTING_DOWN, QUEUE_FULL, MODEL_LOADING or MODEL_NOT_LOADED at once:
-        nothing waits for admission.
+        Raises SHUTTING_DOWN, QUEUE_FULL, MODEL_LOADING or MODEL_NOT_LOADED at once: nothing
+        waits for admission. Raises INVALID_FIELD for more outputs than ever run at one time.
         """
         self.check_open()
-        if self.admitted >= self._limit:
+        if outputs > self._most_outputs:
+            message = f"this server runs at most {self._most_outputs} outputs of a request"
+            raise invalid("sampling.n", message)
+        if self.admitted + outputs > self._limit:
             message = f"{self.admitted} requests run or wait already"
             raise LowbitError(Reason.QUEUE_FULL, message, retry_after_s=RETRY_QUEUE_S)
         replica = choose(model, self._pool.replicas(model))
-        admission = Admission(self._count, replica.context_tokens)
+        admission = Admission(self._count, outputs, replica.context_tokens)
         try:
             yield admission
         finally:
             admission.end()
 
     @contextmanager
-    def run(self, admission: Admission, submit: Submit) -> Iterator[tuple[Replica, RequestStream]]:
+    def run(self, admission: Admission, submit: Submit) -> Iterator[Run]:
         """Run an admitted request on the best replica while the block runs.
 
         Leaving the block early cancels the request. So does a reader that stalls: its
@@ -111,10 +126,10 @@ class Scheduler:
             worker.release(submit.request)
             admission.end()
 
-        stream = RequestStream(self._buffer_tokens, on_stall=free)
+        stream = RequestStream(self._buffer_tokens * submit.n, on_stall=free)
         worker.submit(submit, stream)
         try:
-            yield replica, stream
+            yield Run(replica, stream, partial(worker.cancel_output, submit.request))
         finally:
             worker.release(submit.request)
 

@@ -45,3 +45,23 @@ def test_errors(service: Service) -> None:
     assert out.count("MODEL_NOT_FOUND") == 2
     assert "sampling.temperature: " in out
     assert "sampling.top_p: " in out
+
+
+def test_logprobs(service: Service) -> None:
+    service.load_scripted("sure", step_ms=1.0)
+    lines = run(service, "logprobs.py", "sure", "ab").splitlines()
+    assert len(lines) == 16
+    assert lines[0] == "'a'          50.0% of {'a': '50.0%', 'b': '25.0%', 'c': '12.5%'}"
+
+
+def test_score(service: Service) -> None:
+    service.load_scripted("scored", step_ms=1.0)
+    out = run(service, "score.py", "scored", "ab", "ab", "bb", "abab").splitlines()
+    assert out == ["  -0.693  'ab'", "  -1.040  'bb'", "  -0.693  'abab'"]
+
+
+def test_outputs(service: Service) -> None:
+    service.load_scripted("thrice", step_ms=1.0)
+    out = run(service, "outputs.py", "thrice", "abc").splitlines()
+    assert out[:3] == [repr("abc" * 8), repr("bca" * 8), repr("cab" * 8)]
+    assert "output_tokens: 72" in "\n".join(out)

@@ -306,7 +306,6 @@ def test_tokenizing_needs_no_live_model(service: Any) -> None:
 def not_offered() -> list[Any]:
     """Return a call of each part of the API that belongs to later work."""
     text = {"model": "echo", "text": "x"}
-    ids = pb.TokenIds(ids=[1])
     choice = pb.Choice(options=["a"])
     requests: list[tuple[str, str, Any]] = [
         ("generation", "Generate", pb.GenerateRequest(**text, constraint={kind: value}))
@@ -316,12 +315,6 @@ def not_offered() -> list[Any]:
             ("grammar", "a"),
             ("choice", choice),
         )
-    ]
-    requests += [
-        ("generation", "Generate", pb.GenerateRequest(**text, sampling={"n": 2})),
-        ("generation", "Generate", pb.GenerateRequest(**text, output={"logprobs": 0})),
-        ("generation", "Generate", pb.GenerateRequest(**text, output={"echo": True})),
-        ("generation", "Score", pb.ScoreRequest(**text, continuations=[ids])),
     ]
     return [pytest.param(*one, id=f"{index}-{one[1]}") for index, one in enumerate(requests)]
 

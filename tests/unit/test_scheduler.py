@@ -111,3 +111,27 @@ async def test_draining_does_not_wait_for_ever() -> None:
     with admitting.admit(MODEL):
         await admitting.wait_idle(0.01)
         assert admitting.admitted == 1
+
+
+def test_each_output_takes_a_place() -> None:
+    admitting = scheduler(
+        replica(ReplicaState.LIVE), max_admitted_requests=5, max_running_requests=4
+    )
+    with admitting.admit(MODEL, 3):
+        assert admitting.admitted == 3
+        with pytest.raises(LowbitError) as caught, admitting.admit(MODEL, 3):
+            pass
+        assert caught.value.reason is Reason.QUEUE_FULL
+        with admitting.admit(MODEL, 2):
+            assert admitting.admitted == 5
+    assert admitting.admitted == 0
+
+
+def test_more_outputs_than_ever_run_are_refused_for_good() -> None:
+    for settings in ({"max_running_requests": 4}, {"max_admitted_requests": 4}):
+        admitting = scheduler(replica(ReplicaState.LIVE), **settings)
+        with pytest.raises(LowbitError) as caught, admitting.admit(MODEL, 5):
+            pass
+        assert caught.value.reason is Reason.INVALID_FIELD
+        assert caught.value.violations[0].field == "sampling.n"
+        assert "at most 4 outputs" in caught.value.violations[0].description

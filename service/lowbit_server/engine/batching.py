@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
@@ -12,13 +11,16 @@ import torch
 
 from lowbit_server.engine.engine import Status
 from lowbit_server.engine.kv_cache import KvCache
+from lowbit_server.engine.logprobs import AskedLogprobs, token_logprobs
 from lowbit_server.engine.request import Output
 from lowbit_server.engine.roster import Roster
+from lowbit_server.engine.rows import Prefill, Row
 from lowbit_server.engine.sampler import RowSampler, sample
+from lowbit_server.engine.scoring import Scoring
 from lowbit_server.models.decoder import CHUNK_TOKENS, Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -26,25 +28,12 @@ if TYPE_CHECKING:
     from lowbit_server.models.decoder import DecoderModel
 
 
-@dataclass(slots=True, eq=False)
-class Row:
-    """A request with a place in the KV cache, which holds its first `length` tokens."""
-
-    running: Running
-    sampler: RowSampler
-    length: int = 0
-
-    @property
-    def prompt_left(self) -> Sequence[int]:
-        """Tokens of the prompt that are not in the cache yet."""
-        return self.running.request.prompt[self.length :]
-
-
 class BatchingEngine:
     """Runs requests on a `DecoderModel`.
 
-    Rows of the KV cache are filled from 0 without holes: first the requests that decode,
-    then at most one whose prompt is being read. So every batch is a slice.
+    Rows of the KV cache are filled from 0 without holes: first those of outputs that decode,
+    then at most one whose prompt is being read, or continued for scores. So every batch is a
+    slice.
     """
 
     def __init__(self, model: DecoderModel, max_running: int, kv_cache_bytes: int) -> None:
@@ -54,25 +43,26 @@ class BatchingEngine:
         """
         self._model = model
         self._kv = KvCache(model.spec, kv_cache_bytes)
-        self.context_tokens = min(model.spec.context_tokens, self._kv.row_limit_tokens)
+        self.context_tokens = self._context_tokens(1)
         if self.context_tokens < 1:
             message = f"a KV cache of {kv_cache_bytes} bytes does not hold one request"
             raise MemoryError(message)
-        self._roster = Roster(max_running, self.context_tokens)
+        self._roster = Roster(max_running)
         self._decoding: list[Row] = []
-        self._prefilling: Row | None = None
+        self._prefilling: Prefill | None = None
         self._log = structlog.get_logger()
 
     def submit(self, request: Request) -> list[Output]:
         """Queue a request; return its end when it cannot run."""
         # Checked here, since a bad index takes a whole batch down, or the CUDA context.
-        if max(request.prompt, default=0) >= self._model.spec.vocab_size:
+        given = (request.prompt, *request.continuations)
+        if max(max(tokens, default=0) for tokens in given) >= self._model.spec.vocab_size:
             return [Output(request.id, error="the prompt has a token the model does not know")]
-        return self._roster.submit(request)
+        return self._roster.submit(request, self._context_tokens(request.n))
 
-    def cancel(self, request_id: int) -> list[Output]:
-        """End one request."""
-        outputs = self._roster.cancel(request_id)
+    def cancel(self, request_id: int, index: int | None = None) -> list[Output]:
+        """End one request, or one of its outputs."""
+        outputs = self._roster.cancel(request_id, index)
         self._close_holes()
         return outputs
 
@@ -83,7 +73,10 @@ class BatchingEngine:
         return outputs
 
     def step(self) -> list[Output]:
-        """Decode one token of every running request, then read one chunk of a prompt."""
+        """Decode one token of every running output, then read one chunk of a prompt.
+
+        Or one chunk of a continuation that is scored.
+        """
         with torch.inference_mode():
             outputs = self._roster.expire(time.monotonic())
             self._close_holes()
@@ -103,45 +96,103 @@ class BatchingEngine:
         rows = self._decoding
         if not rows:
             return []
-        return self._advance(rows, [row.running.tokens[-1:] for row in rows], 0)
+        tokens = [row.running.tokens[-1:] for row in rows]
+        return self._guarded(
+            [row.running for row in rows],
+            lambda: self._choose(rows, self._model.forward(self._batch(rows, tokens, 0)), 0),
+        )
 
     def _prefill(self) -> list[Output]:
         if self._prefilling is None:
-            running = self._roster.admit(time.monotonic(), self._fits)
-            if running is None:
+            outputs = self._roster.admit(time.monotonic(), self._fits)
+            if not outputs:
                 return []
-            spec = self._model.spec
-            self._prefilling = Row(running, RowSampler(running, spec.vocab_size, spec.device))
-        row = self._prefilling
-        outputs = self._advance([row], [row.prompt_left[:CHUNK_TOKENS]], len(self._decoding))
-        if not row.prompt_left:
-            self._decoding.append(row)
+            self._prefilling = Prefill(outputs)
+        prefill = self._prefilling
+        work = self._score if prefill.scoring else self._read
+        return self._guarded(prefill.outputs, lambda: work(prefill))
+
+    def _read(self, prefill: Prefill) -> list[Output]:
+        """Read one chunk of a prompt; with the last one its outputs begin to decode."""
+        index = len(self._decoding)
+        batch = self._batch([prefill], [prefill.prompt_left[:CHUNK_TOKENS]], index)
+        outputs: list[Output] = []
+        if prefill.request.prompt_logprobs:
+            every = self._model.logits(batch)[0]
+            logits = every[-1:].float()
+            outputs = [_prompt_logprobs(prefill, every)]
+        else:
+            logits = self._model.forward(batch)
+        if prefill.prompt_left:
+            return outputs
+        if prefill.request.continuations:
+            self._check(logits, index)
+            prefill.scoring = Scoring(prefill.request, logits[0])
+            return self._scores(prefill, prefill.scoring)
+        return outputs + self._begin(prefill, logits)
+
+    def _begin(self, prefill: Prefill, logits: Tensor) -> list[Output]:
+        """Give each output a row with the prompt and its first token."""
+        spec, first_row = self._model.spec, len(self._decoding)
+        rows = [
+            Row(running, RowSampler(running, spec.vocab_size, spec.device), prefill.length)
+            for running in prefill.outputs
+        ]
+        self._reserve(first_row + len(rows), prefill.length)
+        for row in range(first_row + 1, first_row + len(rows)):
+            self._kv.copy(first_row, row, prefill.length)
+        self._decoding += rows
+        self._prefilling = None
+        return self._choose(rows, logits.repeat(len(rows), 1), first_row)
+
+    def _score(self, prefill: Prefill) -> list[Output]:
+        """Run one chunk of a continuation behind the prompt."""
+        index, scoring = len(self._decoding), prefill.scoring
+        assert scoring is not None  # noqa: S101
+        prefill.length = len(prefill.request.prompt) + scoring.position
+        logits = self._model.logits(self._batch([prefill], [scoring.left[:CHUNK_TOKENS]], index))[0]
+        self._check(logits, index)
+        scoring.take(logits)
+        return self._scores(prefill, scoring)
+
+    def _scores(self, prefill: Prefill, scoring: Scoring) -> list[Output]:
+        outputs = scoring.scores()
+        if scoring.done:
             self._prefilling = None
+            outputs[-1] = self._roster.finish(prefill.outputs[0], outputs[-1])
         return outputs
 
-    def _advance(
-        self, rows: Sequence[Row], tokens: Sequence[Sequence[int]], first_row: int
-    ) -> list[Output]:
-        """Run these rows' tokens through the model and choose the next one of each.
-
-        A failure ends the requests of these rows; the others never notice.
-        """
+    def _batch(
+        self, rows: Sequence[Row | Prefill], tokens: Sequence[Sequence[int]], first_row: int
+    ) -> Batch:
+        """Make room for tokens behind those that the rows have."""
         starts = [row.length for row in rows]
-        width = len(tokens[0])
+        for row in rows:
+            row.length += len(tokens[0])
+        self._reserve(first_row + len(rows), max(starts) + len(tokens[0]))
+        return Batch(tokens, starts, *self._kv.view(first_row, len(rows)))
+
+    def _reserve(self, rows: int, length: int) -> None:
+        live = [self._most_tokens(running) for running in self._roster.running]
+        self._kv.reserve(rows, length, live)
+
+    def _guarded(
+        self, outputs: Sequence[Running], work: Callable[[], list[Output]]
+    ) -> list[Output]:
+        """Do some work; its failure ends these outputs, the others never notice."""
         try:
-            live = [self._most_tokens(running) for running in self._roster.running]
-            self._kv.reserve(first_row + len(rows), max(starts) + width, live)
-            batch = Batch(tokens, starts, *self._kv.view(first_row, len(rows)))
-            logits = self._model.forward(batch)
-            for row in rows:
-                row.length += width
-            if rows[0].prompt_left:
-                return []
-            return self._choose(rows, logits, first_row)
+            return work()
         except Exception as error:  # noqa: BLE001  (whatever it is, the loop goes on)
-            self._log.exception("a step failed", requests=len(rows))
+            self._log.exception("a step failed", requests=len(outputs))
             message = f"{type(error).__name__} in the engine: {error}"[:200]
-            return [self._roster.fail(row.running, message) for row in rows]
+            return [self._roster.fail(running, message) for running in outputs]
+
+    def _check(self, logits: Tensor, row: int) -> None:
+        """Wipe what a row stored and raise when its logits are not numbers."""
+        if logits.amax(-1).isnan().any():
+            self._kv.clear(row)
+            message = "the model's logits are not numbers"
+            raise ArithmeticError(message)
 
     def _choose(self, rows: Sequence[Row], logits: Tensor, first_row: int) -> list[Output]:
         """Sample; rows whose logits are not numbers fail, and what they stored is wiped."""
@@ -151,37 +202,53 @@ class BatchingEngine:
                 self._kv.clear(first_row + index)
             # They are sampled with the rest, from anything that can be sampled.
             logits = logits.nan_to_num()
+        asked = AskedLogprobs(logits, [row.running.request.logprobs for row in rows])
         chosen = sample(logits, [row.sampler for row in rows])
+        logprobs = asked.of(chosen)
         now = time.monotonic()
         return [
             self._roster.fail(row.running, "the model's logits are not numbers")
             if bad
-            else self._roster.extend(row.running, token, now)
-            for row, token, bad in zip(rows, chosen, broken, strict=True)
+            else self._roster.extend(row.running, token, now, logprob)
+            for row, token, logprob, bad in zip(rows, chosen, logprobs, broken, strict=True)
         ]
 
-    def _fits(self, running: Running) -> bool:
-        """Whether a request fits beside those that run, however long they all get."""
-        return self._kv.fits(map(self._most_tokens, [*self._roster.running, running]))
+    def _fits(self, group: list[Running]) -> bool:
+        """Whether outputs fit beside those that run, however long they all get."""
+        return self._kv.fits(map(self._most_tokens, [*self._roster.running, *group]))
+
+    def _context_tokens(self, outputs: int) -> int:
+        """Return how long each of a request's outputs may get with the prompt."""
+        return min(self._model.spec.context_tokens, self._kv.row_limit_tokens(outputs))
 
     def _most_tokens(self, running: Running) -> int:
         request = running.request
-        return min(len(request.prompt) + request.max_tokens, self.context_tokens)
+        return min(len(request.prompt) + request.max_tokens, running.context_tokens)
 
     def _close_holes(self) -> None:
-        """Move the last rows into the places of requests that have ended."""
+        """Move the last rows into the places of outputs that have ended."""
         live = set(self._roster.running)
         prefill_row = len(self._decoding)
         for hole in range(len(self._decoding) - 1, -1, -1):
             if self._decoding[hole].running not in live:
                 last = self._decoding.pop()
                 if hole < len(self._decoding):
-                    self._kv.move(len(self._decoding), hole, last.length)
+                    self._kv.copy(len(self._decoding), hole, last.length)
                     self._decoding[hole] = last
-        if (row := self._prefilling) is not None:
-            if row.running not in live:
+        if (prefill := self._prefilling) is not None:
+            prefill.outputs = [running for running in prefill.outputs if running in live]
+            if not prefill.outputs:
                 self._prefilling = None
             elif prefill_row != len(self._decoding):
-                self._kv.move(prefill_row, len(self._decoding), row.length)
+                self._kv.copy(prefill_row, len(self._decoding), prefill.length)
         if not live:
             self._kv.release()
+
+
+def _prompt_logprobs(prefill: Prefill, logits: Tensor) -> Output:
+    """Return what logits (tokens, vocabulary), those of the last chunk, say of the prompt."""
+    request, count = prefill.request, len(logits)
+    following = request.prompt[prefill.length - count + 1 : prefill.length + 1]
+    top = [request.logprobs or 0] * len(following)
+    found = token_logprobs(logits[: len(following)], following, top)
+    return Output(request.id, prompt_logprobs=tuple(found))

@@ -27,14 +27,14 @@ class Engine(Protocol):
     def submit(self, request: Request) -> list[Output]:
         """Queue a request; return its end when it cannot run."""
 
-    def cancel(self, request_id: int) -> list[Output]:
-        """End one request now and return its end; empty when it is unknown."""
+    def cancel(self, request_id: int, index: int | None = None) -> list[Output]:
+        """End one request now, or one of its outputs; empty when it is unknown."""
 
     def cancel_all(self) -> list[Output]:
         """End all requests now and return their ends."""
 
     def step(self) -> list[Output]:
-        """Make at most one token for each request that holds a slot.
+        """Make at most one token for each output that holds a slot.
 
         A failure ends the requests it concerns with an error and is not raised.
         """

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lowbit_server.engine.request import Running
 
 
-def finish_reason(running: Running, context_tokens: int, now: float) -> Finish | None:
+def finish_reason(running: Running, now: float) -> Finish | None:
     """Return why the output ends with its last token, or None while it goes on.
 
     An end or stop token says most and wins. The context wins over max_tokens: a request
@@ -23,7 +23,7 @@ def finish_reason(running: Running, context_tokens: int, now: float) -> Finish |
             return Finish.EOS
         if token in request.stop_token_ids:
             return Finish.STOP
-    if len(request.prompt) + count >= context_tokens:
+    if len(request.prompt) + count >= running.context_tokens:
         return Finish.CONTEXT_LIMIT
     if count >= request.max_tokens:
         return Finish.MAX_TOKENS

@@ -30,10 +30,9 @@ class KvCache:
         self._values: list[Tensor] = []
         self.release()
 
-    @property
-    def row_limit_tokens(self) -> int:
-        """The longest row that fits into the budget on its own."""
-        return self._budget_tokens // BLOCK_TOKENS * BLOCK_TOKENS
+    def row_limit_tokens(self, rows: int) -> int:
+        """Return the longest that so many rows may be that fit into the budget by themselves."""
+        return self._budget_tokens // rows // BLOCK_TOKENS * BLOCK_TOKENS
 
     @property
     def bytes(self) -> int:
@@ -77,7 +76,7 @@ class KvCache:
         )
 
     @torch.inference_mode()
-    def move(self, source: int, target: int, length: int) -> None:
+    def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one row over another."""
         for tensor in (*self._keys, *self._values):
             tensor[target, :, :length] = tensor[source, :, :length]

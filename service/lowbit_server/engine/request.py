@@ -33,6 +33,9 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0
+    typical_p: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     @property
     def has_penalties(self) -> bool:
@@ -46,7 +49,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request; times are seconds of the monotonic clock."""
+    """One request; times are seconds of the monotonic clock.
+
+    `logprobs` asks for the log-probabilities of each token and of so many likeliest ones,
+    `prompt_logprobs` for those of the prompt, from its second token on, too.
+    `n` outputs are made of one prompt. With `continuations`, none of them empty, these are
+    scored and nothing is generated; `max_tokens` is then the length of the longest.
+    """
 
     id: int
     prompt: Sequence[int]
@@ -57,22 +66,45 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     submitted_at: float = 0.0
     ends_by: float = float("inf")
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    n: int = 1
+    continuations: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """A request and what was made for it so far."""
+    """One output of a request: what was made for it so far.
+
+    `context_tokens` is the most that it may have with its prompt.
+    """
 
     request: Request
+    index: int
+    context_tokens: int
     tokens: list[int] = field(default_factory=list)
     slot_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """What one step made for one request: tokens, its end, or both.
+class TokenLogprob:
+    """Natural log-probability of a token, and the likeliest ones at its position."""
 
-    `queue_us` comes with the first token; an `error` is an end without a reason.
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step made for one output: tokens, a score, its end, or some of these.
+
+    Or the next log-probabilities of the prompt, before the first token.
+
+    `index` says which of the request's outputs, or which continuation has this score.
+    `queue_us` comes with the first token; an `error` is an end of the whole request without a
+    reason. A score has a log-probability for each token and says whether these are the
+    `greedy` choices.
     """
 
     request: int
@@ -80,3 +112,7 @@ class Output:
     finish: Finish | None = None
     queue_us: int = 0
     error: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
+    greedy: bool = False

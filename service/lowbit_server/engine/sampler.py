@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Nearly every nucleus lies within this many tokens; sorting a whole vocabulary is slow.
 NUCLEUS_TOKENS = 1024
+_MASK = (1 << 64) - 1
 
 
 class RowSampler:
@@ -31,11 +32,17 @@ class RowSampler:
         request = running.request
         self.sampling = request.sampling
         self._running = running
-        self._generator = torch.Generator().manual_seed(_signed(request.sampling.seed))
-        banned = sorted(request.eos_token_ids | request.stop_token_ids)
-        self._banned = torch.tensor(
-            [token for token in banned if token < vocab_size], dtype=torch.long, device=device
-        )
+        seed = _stream_seed(request.sampling.seed, running.index)
+        self._generator = torch.Generator().manual_seed(_signed(seed))
+        ends = request.eos_token_ids | request.stop_token_ids
+        self._ends = [token for token in sorted(ends) if token < vocab_size]
+        # Sequences by the token before their last: only those can be about to be completed.
+        self._words: dict[int | None, list[tuple[int, ...]]] = defaultdict(list)
+        for word in request.sampling.bad_words:
+            self._words[word[-2] if len(word) > 1 else None].append(word)
+        biased = request.sampling.logit_bias
+        self._biased = torch.tensor([token for token, _ in biased], device=device)
+        self._biases = torch.tensor([bias for _, bias in biased], device=device)
         self._counts: Tensor | None = None
         if request.sampling.has_penalties:
             self._counts = torch.zeros(vocab_size, device=device)
@@ -45,21 +52,28 @@ class RowSampler:
     @property
     def adjusts(self) -> bool:
         """Whether `adjust` has anything to do."""
-        return self._counts is not None or self._too_short
+        return (
+            self._counts is not None
+            or self._too_short
+            or len(self._biased) > 0
+            or len(self._words) > 0
+        )
 
     def adjust(self, logits: Tensor) -> None:
-        """Apply penalties and min_tokens to logits (vocabulary,) float32, in place.
+        """Apply bias, penalties, bad words and min_tokens to logits (vocabulary,) float32.
 
-        Repetition: Keskar et al. 2019; presence and frequency as `generation.proto` says.
+        Works in place. Repetition: Keskar et al. 2019; the others as `generation.proto` says.
         """
+        if len(self._biased):
+            logits.index_add_(0, self._biased, self._biases)
         if self._counts is not None:
             sampling, penalty = self.sampling, self.sampling.repetition_penalty
             repeated = torch.where(logits > 0, logits / penalty, logits * penalty)
             torch.where(self._seen, repeated, logits, out=logits)
             logits -= sampling.frequency_penalty * self._counts
             logits -= sampling.presence_penalty * (self._counts > 0)
-        if self._too_short:
-            logits[self._banned] = -math.inf
+        if banned := self._banned():
+            logits[banned] = -math.inf
 
     def draw(self) -> float:
         """Return the stream's next number, uniform in [0, 1)."""
@@ -74,7 +88,21 @@ class RowSampler:
     @property
     def _too_short(self) -> bool:
         running = self._running
-        return len(running.tokens) < running.request.min_tokens and len(self._banned) > 0
+        return len(running.tokens) < running.request.min_tokens and len(self._ends) > 0
+
+    def _banned(self) -> list[int]:
+        """Return the tokens that may not come next."""
+        banned = list(self._ends) if self._too_short else []
+        tokens, prompt = self._running.tokens, self._running.request.prompt
+        last = tokens[-1] if tokens else prompt[-1]
+        for word in (*self._words.get(None, ()), *self._words.get(last, ())):
+            before = len(word) - 1
+            # Of the prompt only what such a word can reach into.
+            reach = max(before - len(tokens), 0)
+            seen = (*prompt[len(prompt) - reach :], *tokens[len(tokens) - before + reach :])
+            if seen == word[:-1]:
+                banned.append(word[-1])
+        return banned
 
 
 def sample(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
@@ -84,11 +112,17 @@ def sample(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
             sampler.adjust(logits[row])
     tokens = logits.argmax(-1).tolist()
     # Rows of equal settings share their kernels.
-    groups: dict[tuple[float, int, float, float], list[int]] = defaultdict(list)
+    groups: dict[tuple[float, int, float, float, float], list[int]] = defaultdict(list)
     for row, sampler in enumerate(rows):
         chosen = sampler.sampling
         if chosen.temperature > 0:
-            key = (chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p)
+            key = (
+                chosen.temperature,
+                chosen.top_k,
+                chosen.top_p,
+                chosen.min_p,
+                chosen.typical_p,
+            )
             groups[key].append(row)
     for members in groups.values():
         first = rows[members[0]].sampling
@@ -101,11 +135,11 @@ def sample(logits: Tensor, rows: Sequence[RowSampler]) -> list[int]:
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """Return what remains after temperature, top_k, top_p and min_p, in this order.
+    """Return what remains after temperature, top_k, top_p, min_p and typical_p, in this order.
 
     Takes logits (rows, vocabulary); returns weights (rows, k) float64, which need not add
     up to 1, and the token ids (rows, k) they belong to, None for the whole vocabulary.
-    Nucleus: Holtzman et al. 2020; min_p: Nguyen et al. 2024.
+    Nucleus: Holtzman et al. 2020; min_p: Nguyen et al. 2024; typical: Meister et al. 2022.
     """
     # float64: a tiny temperature does not overflow, a long sum keeps its small terms.
     scaled = logits.double() / sampling.temperature
@@ -122,7 +156,22 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
     kept = weights >= sampling.min_p * weights.amax(-1, keepdim=True)
     if sampling.top_p < 1:
         kept &= weights.cumsum(-1) - weights < sampling.top_p
-    return weights * kept, ids
+    weights = weights * kept
+    if sampling.typical_p < 1:
+        weights = weights * _typical(weights, sampling.typical_p)
+    return weights, ids
+
+
+def _typical(weights: Tensor, mass: float) -> Tensor:
+    """Return which tokens, of weights (rows, k), make up the typical set of this mass."""
+    probabilities = weights / weights.sum(-1, keepdim=True)
+    entropy = torch.special.entr(probabilities).sum(-1, keepdim=True)
+    # What was removed before is infinitely far off and comes last.
+    distance = (-probabilities.log() - entropy).abs()
+    order = distance.argsort(dim=-1, stable=True)
+    ordered = probabilities.gather(-1, order)
+    kept = ordered.cumsum(-1) - ordered < mass
+    return torch.empty_like(kept).scatter_(-1, order, kept)
 
 
 def _draw(logits: Tensor, sampling: Sampling, draws: Sequence[float]) -> list[int]:
@@ -136,6 +185,19 @@ def _draw(logits: Tensor, sampling: Sampling, draws: Sequence[float]) -> list[in
     index = torch.searchsorted(cumulative, point, right=True)
     chosen = index if ids is None else ids.gather(-1, index)
     return chosen[:, 0].tolist()
+
+
+def _stream_seed(seed: int, index: int) -> int:
+    """Return the seed of one of a request's outputs; the first has the request's own.
+
+    SplitMix64 (Steele et al. 2014): the streams of neighbouring seeds do not meet.
+    """
+    if index == 0:
+        return seed
+    mixed = (seed + index * 0x9E3779B97F4A7C15) & _MASK
+    mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & _MASK
+    return mixed ^ mixed >> 31
 
 
 def _signed(seed: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lowbit_server.engine.engine import Status
+from lowbit_server.engine.request import Output, TokenLogprob
 from lowbit_server.engine.roster import Roster
 
 if TYPE_CHECKING:
-    from lowbit_server.engine.request import Output, Request, Running
+    from lowbit_server.engine.request import Request, Running
 
 
 class Fault(BaseModel):
@@ -37,7 +39,12 @@ class Fault(BaseModel):
 
 
 class Script(BaseModel):
-    """What the engine plays. Without `tokens` it repeats the prompt."""
+    """What the engine plays. Without `tokens` it repeats the prompt.
+
+    The output with index i begins at the script's token i. The distribution: the next token
+    of the script has probability 1/2, the token id after it 1/4, and so on, around the
+    vocabulary.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -67,19 +74,20 @@ class ScriptedEngine:
     def __init__(self, config: ScriptedConfig, max_running: int) -> None:
         """Make an engine of at most `max_running` slots; the script may want fewer."""
         self._script = config.script
+        self._vocab_size = config.vocab_size
         self.context_tokens = config.max_position_embeddings
-        self._roster = Roster(min(max_running, config.script.max_running), self.context_tokens)
+        self._roster = Roster(min(max_running, config.script.max_running))
         self._due = 0.0
 
     def submit(self, request: Request) -> list[Output]:
         """Queue a request; the first one after an idle time starts the clock anew."""
         if self.status().due is None:
             self._due = time.monotonic()
-        return self._roster.submit(request)
+        return self._roster.submit(request, self.context_tokens)
 
-    def cancel(self, request_id: int) -> list[Output]:
-        """End one request."""
-        return self._roster.cancel(request_id)
+    def cancel(self, request_id: int, index: int | None = None) -> list[Output]:
+        """End one request, or one of its outputs."""
+        return self._roster.cancel(request_id, index)
 
     def cancel_all(self) -> list[Output]:
         """End all requests."""
@@ -95,7 +103,7 @@ class ScriptedEngine:
             pass
         for running in tuple(self._roster.running):
             if now >= running.slot_at + self._script.prefill_ms / 1e3:
-                outputs.append(self._play(running, now))
+                outputs += self._play(running, now)
         return outputs
 
     def status(self) -> Status:
@@ -103,13 +111,51 @@ class ScriptedEngine:
         running, waiting = len(self._roster.running), self._roster.waiting
         return Status(self._due if running or waiting else None, running, waiting, 0)
 
-    def _play(self, running: Running, now: float) -> Output:
+    def _play(self, running: Running, now: float) -> list[Output]:
         for fault in self._script.faults:
             if fault.kind != "load_error" and fault.hits(running):
                 if fault.kind == "error":
-                    return self._roster.fail(running, "scripted error")
+                    return [self._roster.fail(running, "scripted error")]
                 if fault.kind == "exit":
                     os._exit(1)
                 threading.Event().wait()
-        tokens = self._script.tokens or running.request.prompt
-        return self._roster.extend(running, tokens[len(running.tokens) % len(tokens)], now)
+        request = running.request
+        if request.continuations:
+            scores = [self._score(request, index) for index in range(len(request.continuations))]
+            return [*scores[:-1], self._roster.finish(running, scores[-1])]
+        top = request.logprobs
+        outputs = []
+        if request.prompt_logprobs and not running.tokens and not running.index:
+            outputs.append(Output(request.id, prompt_logprobs=self._prompt(request)))
+        token = self._scripted(request, running.index + len(running.tokens))
+        logprob = None if top is None else self._logprob(token, token, top)
+        return [*outputs, self._roster.extend(running, token, now, logprob)]
+
+    def _prompt(self, request: Request) -> tuple[TokenLogprob, ...]:
+        """Return what the script says of the prompt, as if that were its output."""
+        return tuple(
+            self._logprob(token, self._scripted(request, position), request.logprobs or 0)
+            for position, token in enumerate(request.prompt)
+            if position
+        )
+
+    def _scripted(self, request: Request, position: int) -> int:
+        tokens = self._script.tokens or request.prompt
+        return tokens[position % len(tokens)]
+
+    def _score(self, request: Request, index: int) -> Output:
+        tokens = request.continuations[index]
+        script = [self._scripted(request, position) for position in range(len(tokens))]
+        logprobs = tuple(map(self._logprob, tokens, script))
+        greedy = list(tokens) == script
+        return Output(request.id, index=index, logprobs=logprobs, greedy=greedy)
+
+    def _logprob(self, token: int, scripted: int, top: int = 0) -> TokenLogprob:
+        """Return what the script's distribution says of a token."""
+        size = self._vocab_size
+        ranks = range(min(top, size))
+        return TokenLogprob(
+            -math.log(2) * (1 + (token - scripted) % size),
+            tuple((scripted + rank) % size for rank in ranks),
+            tuple(-math.log(2) * (1 + rank) for rank in ranks),
+        )

@@ -48,7 +48,7 @@ class Replica:
         """Most tokens of prompt and output together; 0 until live."""
         self.kv_bytes = 0
         self.requests = 0
-        """Requests that run or wait on it."""
+        """Outputs of requests that run or wait on it."""
         self.wanted = False
         """Whether it was live once: then it is reloaded when its worker dies."""
         self.loaders = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,15 @@ class WorkerState(StrEnum):
     LOST = "LOST"
 
 
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A request that is on its way; `left` of its outputs have not ended."""
+
+    stream: RequestStream
+    replica: Replica
+    left: int
+
+
 class Worker:
     """Owns the replicas and requests of one worker.
 
@@ -50,12 +60,12 @@ class Worker:
         self.total_bytes = 0
         self.free_bytes = 0
         self.waiting = 0
-        """Requests that the worker has not given a slot yet."""
+        """Outputs that the worker has not given a slot yet."""
         self.output_tokens = 0
         """Tokens made since the server started."""
         self.last_sign_of_life = time.monotonic()
         self.replicas: dict[str, Replica] = {}
-        self._requests: dict[int, tuple[RequestStream, Replica]] = {}
+        self._requests: dict[int, _Entry] = {}
         self._link: Link | None = None
         self._changed = changed
 
@@ -65,25 +75,30 @@ class Worker:
 
     @property
     def requests(self) -> int:
-        """Requests that run or wait on it."""
-        return len(self._requests)
+        """Outputs of requests that run or wait on it."""
+        return sum(entry.left for entry in self._requests.values())
 
     @property
     def running(self) -> int:
-        """Requests that hold a slot, as of the last step."""
-        return max(0, len(self._requests) - self.waiting)
+        """Outputs that hold a slot, as of the last step."""
+        return max(0, self.requests - self.waiting)
 
     def submit(self, command: wire.Submit, stream: RequestStream) -> None:
         """Run a request; its outputs go to `stream`. The model must be live here."""
         replica = self.replicas[command.model]
-        replica.requests += 1
-        self._requests[command.request] = (stream, replica)
+        replica.requests += command.n
+        self._requests[command.request] = _Entry(stream, replica, command.n)
         self._send(wire.AttachRequest(submit=command))
 
     def release(self, request: int) -> None:
         """Forget a request; cancel it when it has not ended."""
         if self._forget(request) is not None:
             self._send(wire.AttachRequest(cancel=wire.Cancel(request=request)))
+
+    def cancel_output(self, request: int, index: int) -> None:
+        """Cancel one of a request's outputs."""
+        if request in self._requests:
+            self._send(wire.AttachRequest(cancel=wire.Cancel(request=request, index=index)))
 
     def load(self, model: str, path: Path) -> Replica:
         """Begin to load a model and return its replica; return the one that is there."""
@@ -125,7 +140,7 @@ class Worker:
         self.state = WorkerState.LOST
         self.pid = self.waiting = self.resident_bytes = 0
         for request in list(self._requests):
-            stream, _ = self._requests[request]
+            stream = self._requests[request].stream
             self._forget(request)
             stream.fail(LowbitError(Reason.WORKER_LOST, f"worker {self.name} died"))
         for replica in list(self.replicas.values()):
@@ -160,9 +175,12 @@ class Worker:
             self.output_tokens += len(output.token_ids)
             if (entry := self._requests.get(output.request)) is None:
                 continue  # released while the step was on its way
-            if output.finish or output.error:
+            if output.error or (output.finish and entry.left == 1):
                 self._forget(output.request)
-            entry[0].put(output)
+            elif output.finish:
+                entry.left -= 1
+                entry.replica.requests -= 1
+            entry.stream.put(output)
 
     def _pong(self, pong: wire.Pong) -> None:
         self.last_sign_of_life = time.monotonic()
@@ -213,8 +231,8 @@ class Worker:
         entry = self._requests.pop(request, None)
         if entry is None:
             return None
-        replica = entry[1]
-        replica.requests -= 1
+        replica = entry.replica
+        replica.requests -= entry.left
         if not replica.requests:
             replica.changed.notify()
         return replica

@@ -242,4 +242,29 @@ def submit(
         time_limit_ms=max(1, stopping.time_limit.ToMilliseconds())
         if stopping.HasField("time_limit")
         else 0,
+        logprobs=request.output.logprobs if request.output.HasField("logprobs") else None,
+        typical_p=given(sampling, "typical_p", 1.0),
+        logit_bias=sampling.logit_bias,
+        bad_words=sampling.bad_words,
+        n=outputs(request),
+        prompt_logprobs=request.output.echo and request.output.HasField("logprobs"),
+    )
+
+
+def outputs(request: generation_pb2.GenerateRequest) -> int:
+    """Return how many outputs a request asks for."""
+    return request.sampling.n if request.sampling.HasField("n") else 1
+
+
+def submit_score(
+    request: generation_pb2.ScoreRequest, manifest: Manifest, prompt: Sequence[int]
+) -> Submit:
+    """Return the worker's command that scores continuations."""
+    longest = max(len(one.ids) for one in request.continuations)
+    return Submit(
+        model=manifest.name,
+        prompt=prompt,
+        max_tokens=longest,
+        continuations=request.continuations,
+        n=1,
     )

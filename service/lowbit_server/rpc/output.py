@@ -24,6 +24,10 @@ class OutputText:
         self.matched = ""
         """The stop string that was found; the text before it is all there is."""
 
+    def echo(self, ids: Sequence[int]) -> str:
+        """Take tokens of the prompt and return their text; stops are not looked for."""
+        return self._detokenizer.push(ids)
+
     def push(self, ids: Sequence[int]) -> str:
         """Take new tokens and return the text that may be sent now."""
         if not self._stops:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowbit.v1.generation_pb2 import FinishReason
+from lowbit.v1.generation_pb2 import FinishReason, Token, TopLogprob
 from lowbit.worker.v1 import worker_pb2 as pb
 from lowbit_server.engine.request import Request, Sampling
 from lowbit_server.worker.inbox import Submission
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from lowbit_server.engine.request import Output
+    from lowbit_server.engine.request import Output, TokenLogprob
     from lowbit_server.worker.inbox import Command
 
 
@@ -49,12 +49,19 @@ def submission(message: pb.Submit, now: float) -> Submission:
             presence_penalty=message.presence_penalty,
             frequency_penalty=message.frequency_penalty,
             seed=message.seed,
+            typical_p=message.typical_p,
+            logit_bias=tuple((one.token_id, one.bias) for one in message.logit_bias),
+            bad_words=tuple(tuple(word.ids) for word in message.bad_words),
         ),
         min_tokens=message.min_tokens,
         eos_token_ids=frozenset(message.eos_token_ids),
         stop_token_ids=frozenset(message.stop_token_ids),
         submitted_at=now,
         ends_by=now + limit_s,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs,
+        n=message.n,
+        continuations=tuple(tuple(one.ids) for one in message.continuations),
     )
     return Submission(message.model, request)
 
@@ -70,6 +77,15 @@ def step(outputs: Iterable[Output], running: int, waiting: int) -> pb.AttachResp
                     finish=FinishReason.ValueType(output.finish or 0),
                     queue_us=output.queue_us,
                     error=output.error,
+                    # Most ask for none, and then it costs nothing.
+                    logprobs=_tokens(output.token_ids, output.logprobs)
+                    if output.logprobs
+                    else None,
+                    prompt_logprobs=_tokens((), output.prompt_logprobs)
+                    if output.prompt_logprobs
+                    else None,
+                    index=output.index,
+                    greedy=output.greedy,
                 )
                 for output in outputs
             ],
@@ -77,3 +93,11 @@ def step(outputs: Iterable[Output], running: int, waiting: int) -> pb.AttachResp
             waiting=waiting,
         )
     )
+
+
+def _tokens(ids: Sequence[int], logprobs: Sequence[TokenLogprob]) -> Iterator[Token]:
+    """Return one message a log-probability; without ids where the front knows them."""
+    for token, found in zip(ids or (0,) * len(logprobs), logprobs, strict=True):
+        top = zip(found.top_ids, found.top_logprobs, strict=True)
+        likeliest = [TopLogprob(token_id=one, logprob=logprob) for one, logprob in top]
+        yield Token(id=token, logprob=found.logprob, top=likeliest)

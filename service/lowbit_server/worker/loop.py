@@ -108,7 +108,8 @@ class StepLoop:
                 self._submit(item)
             case pb.Cancel():
                 for live in self._live.values():
-                    self._hand_out(live.engine.cancel(item.request))
+                    index = item.index if item.HasField("index") else None
+                    self._hand_out(live.engine.cancel(item.request, index))
             case pb.Ping():
                 self._outbox.send(self._pong())
             case pb.Load():

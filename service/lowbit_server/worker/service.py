@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from lowbit.worker.v1 import worker_pb2 as pb
 
-# A prompt of the largest context that the public API allows, 2^20 tokens of 5 bytes.
-MAX_COMMAND_BYTES = 8 << 20
+# A prompt of the largest context that the public API allows and continuations as long in all,
+# 2^20 tokens of 5 bytes each, with what else a request may have.
+MAX_COMMAND_BYTES = 16 << 20
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):

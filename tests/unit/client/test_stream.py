@@ -18,11 +18,15 @@ from lowbit import (
 )
 from lowbit.v1.generation_pb2 import (
     FINISH_REASON_EOS,
+    FINISH_REASON_MAX_TOKENS,
     ROLE_SYSTEM,
     ROLE_USER,
     ChatMessage,
     Delta,
     GenerateResponse,
+    OutputFinished,
+    Token,
+    TopLogprob,
 )
 from tests.unit.client.fake import Endless, events, refuse
 
@@ -62,6 +66,37 @@ def test_text_holds_what_was_iterated_before(server: FakeServer, client: Client)
     assert stream.text() == "abc"
 
 
+def test_each_output_has_its_own_text_and_end(server: FakeServer, client: Client) -> None:
+    server.on["Generate"] = lambda *_: iter(
+        [
+            *(
+                GenerateResponse(delta=Delta(output_index=index, text=text))
+                for index, text in ((1, "b"), (0, "a"), (1, "B"))
+            ),
+            *(
+                GenerateResponse(output_finished=OutputFinished(output_index=index, reason=reason))
+                for index, reason in ((1, FINISH_REASON_EOS), (0, FINISH_REASON_MAX_TOKENS))
+            ),
+        ]
+    )
+    stream = client.generate("m", "prompt", n=2)
+    assert [chunk.output_index for chunk in stream] == [1, 0, 1]
+    assert stream.texts() == ["a", "bB"]
+    assert stream.partial_text == "a"
+    assert stream.finish_reason == FINISH_REASON_MAX_TOKENS
+    assert stream.all_finished[1].reason == FINISH_REASON_EOS
+
+
+def test_log_probabilities_are_in_the_chunks(server: FakeServer, client: Client) -> None:
+    first = Token(id=4)
+    second = Token(id=5, logprob=-0.5, top=[TopLogprob(token_id=5, logprob=-0.5)])
+    server.on["Generate"] = lambda *_: iter(
+        [GenerateResponse(delta=Delta(text="ab", tokens=[first, second]))]
+    )
+    (chunk,) = client.generate("m", "prompt", logprobs=1)
+    assert chunk == Chunk("ab", (4, 5), 0, (None, -0.5), ({}, {5: -0.5}))
+
+
 def test_the_call_is_under_way_before_anything_is_read(server: FakeServer, client: Client) -> None:
     called = threading.Event()
 
@@ -94,6 +129,12 @@ def test_every_option_reaches_its_field(server: FakeServer, client: Client) -> N
         ignore_eos=True,
         time_limit=1.5,
         token_ids_output=True,
+        typical_p=0.75,
+        logit_bias={7: -1.5},
+        bad_words=[[1, 2], (3,)],
+        n=2,
+        logprobs=0,
+        echo=True,
         request_id="r",
     ).text()
     (request,) = server.requests("Generate")
@@ -108,7 +149,13 @@ def test_every_option_reaches_its_field(server: FakeServer, client: Client) -> N
     assert list(stopping.strings) == ["end"]
     assert list(stopping.token_ids) == [5]
     assert stopping.time_limit.ToMilliseconds() == 1500
+    assert (sampling.typical_p, sampling.n) == (0.75, 2)
+    assert [(one.token_id, one.bias) for one in sampling.logit_bias] == [(7, -1.5)]
+    assert [list(word.ids) for word in sampling.bad_words] == [[1, 2], [3]]
     assert request.output.token_ids
+    assert request.output.echo
+    assert request.output.HasField("logprobs")
+    assert request.output.logprobs == 0
     assert request.request_id == "r"
 
 
@@ -118,6 +165,7 @@ def test_what_is_not_given_is_not_set(server: FakeServer, client: Client) -> Non
     (request,) = server.requests("Generate")
     assert request.WhichOneof("input") == "text"
     assert request.sampling.ListFields() == []
+    assert request.output.ListFields() == []
     assert request.stopping.ListFields() == []
 
 

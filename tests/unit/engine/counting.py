@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,12 +34,15 @@ class CountingModel:
         self.breaks: set[int] = set()
 
     def forward(self, batch: Batch) -> Tensor:
+        return self.logits(batch)[:, -1]
+
+    def logits(self, batch: Batch) -> Tensor:
         number = len(self.batches)
         self.batches.append(batch)
         if number in self.fails:
             message = "the model broke"
             raise RuntimeError(message)
-        logits = torch.zeros(len(batch.tokens), VOCAB)
+        logits = torch.zeros(len(batch.tokens), len(batch.tokens[0]), VOCAB)
         for row, (tokens, start) in enumerate(zip(batch.tokens, batch.starts, strict=True)):
             end = start + len(tokens)
             sums = set()
@@ -46,7 +50,11 @@ class CountingModel:
                 stored[row, :, start:end] = torch.tensor(tokens, dtype=torch.float32)[None, :, None]
                 sums |= set(stored[row, :, :end].sum(1).flatten().tolist())
             assert len(sums) == 1, "the layers differ: a row was moved in part"
-            logits[row, _hash(int(sums.pop()), end)] = 1
+            total, columns = int(sums.pop()), []
+            for index in reversed(range(len(tokens))):
+                columns.append(_hash(total, start + index + 1))
+                total -= tokens[index]
+            logits[row, range(len(tokens)), columns[::-1]] = 1
         if number in self.breaks:
             logits[-1] = torch.nan
             for stored in (*batch.keys, *batch.values):
@@ -60,6 +68,12 @@ def expected(prompt: Sequence[int], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(_hash(sum(tokens), len(tokens)))
     return tokens[len(prompt) :]
+
+
+def expected_logprob(tokens: Sequence[int], token: int) -> float:
+    """Return the log-probability of a token after others: one logit is 1, the rest are 0."""
+    likeliest = _hash(sum(tokens), len(tokens))
+    return (token == likeliest) - math.log(math.e + VOCAB - 1)
 
 
 def _hash(total: int, length: int) -> int:

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -9,27 +10,40 @@ from hypothesis import strategies as st
 
 from lowbit_server.engine.batching import BatchingEngine
 from lowbit_server.engine.kv_cache import BLOCK_TOKENS
-from lowbit_server.engine.request import Finish, Output, Request
+from lowbit_server.engine.request import Finish, Output, Request, Sampling
 from lowbit_server.models.decoder import CHUNK_TOKENS
-from tests.unit.engine.counting import VOCAB, CountingModel, expected
+from tests.unit.engine.counting import VOCAB, CountingModel, expected, expected_logprob
 
 TOKEN = CountingModel().spec.token_bytes
 
 
 class Log:
-    """All that an engine said, by request."""
+    """All that an engine said, by request, and by request and index."""
 
     def __init__(self) -> None:
-        self.tokens: dict[int, list[int]] = defaultdict(list)
-        self.ends: dict[int, list[Finish | str]] = defaultdict(list)
+        self.all_tokens: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self.all_ends: dict[tuple[int, int], list[Finish | str]] = defaultdict(list)
+
+    @property
+    def tokens(self) -> dict[int, list[int]]:
+        return _firsts(self.all_tokens)
+
+    @property
+    def ends(self) -> dict[int, list[Finish | str]]:
+        return _firsts(self.all_ends)
 
     def add(self, outputs: list[Output]) -> None:
-        assert len({output.request for output in outputs}) == len(outputs)
-        for output in outputs:
-            assert not self.ends[output.request], "something came after the end"
-            self.tokens[output.request] += output.token_ids
+        keys = [(output.request, output.index) for output in outputs]
+        assert len(set(keys)) == len(keys)
+        for key, output in zip(keys, outputs, strict=True):
+            assert not self.all_ends[key], "something came after the end"
+            self.all_tokens[key] += output.token_ids
             if output.finish or output.error:
-                self.ends[output.request].append(output.finish or output.error)
+                self.all_ends[key].append(output.finish or output.error)
+
+
+def _firsts(found: dict[tuple[int, int], list[Any]]) -> dict[int, list[Any]]:
+    return {request: value for (request, index), value in found.items() if not index}
 
 
 def make(model: CountingModel, *, slots: int = 8, tokens: int = 100_000) -> BatchingEngine:
@@ -53,6 +67,7 @@ class Arrival:
     length: int
     max_tokens: int
     cancelled_after: int | None
+    n: int
 
 
 arrivals = st.lists(
@@ -62,10 +77,30 @@ arrivals = st.lists(
         length=st.one_of(st.integers(1, 40), st.integers(400, 1400)),
         max_tokens=st.integers(1, 40),
         cancelled_after=st.one_of(st.none(), st.integers(0, 20)),
+        n=st.sampled_from([1, 1, 1, 2, 4]),
     ),
     min_size=1,
     max_size=12,
 )
+
+
+def check_output(
+    arrival: Arrival,
+    number: int,
+    tokens: list[int],
+    ends: list[Finish | str],
+    context: int,
+) -> None:
+    (end,) = ends
+    assert tokens == expected(prompt(number, arrival.length), len(tokens))
+    room = max(context - arrival.length, 0)
+    if end is Finish.CANCELLED:
+        assert arrival.cancelled_after is not None
+    elif end is Finish.CONTEXT_LIMIT:
+        assert len(tokens) == room <= arrival.max_tokens
+    else:
+        assert end is Finish.MAX_TOKENS
+        assert len(tokens) == arrival.max_tokens < room
 
 
 @settings(deadline=None)
@@ -76,13 +111,14 @@ def test_every_request_gets_its_own_tokens_and_ends_once(
     model = CountingModel(context_tokens=1200)
     budget_tokens = blocks * BLOCK_TOKENS
     engine = make(model, slots=slots, tokens=budget_tokens)
-    context = min(1200, budget_tokens)
     log = Log()
     step = 0
     while step <= 51 or engine.status().due is not None:
         for number, arrival in enumerate(arrivals):
             if arrival.step == step:
-                request = Request(number, prompt(number, arrival.length), arrival.max_tokens)
+                request = Request(
+                    number, prompt(number, arrival.length), arrival.max_tokens, n=arrival.n
+                )
                 log.add(engine.submit(request))
             if step - arrival.step == arrival.cancelled_after:
                 log.add(engine.cancel(number))
@@ -92,16 +128,16 @@ def test_every_request_gets_its_own_tokens_and_ends_once(
         assert status.kv_bytes <= budget_tokens * TOKEN
         step += 1
     for number, arrival in enumerate(arrivals):
-        tokens, (end,) = log.tokens[number], log.ends[number]
-        assert tokens == expected(prompt(number, arrival.length), len(tokens))
-        room = max(context - arrival.length, 0)
-        if end is Finish.CANCELLED:
-            assert arrival.cancelled_after is not None
-        elif end is Finish.CONTEXT_LIMIT:
-            assert len(tokens) == room <= arrival.max_tokens
-        else:
-            assert end is Finish.MAX_TOKENS
-            assert len(tokens) == arrival.max_tokens < room
+        if arrival.n > slots:
+            (refusal,) = log.all_ends.pop((number, 0))
+            assert "more than" in str(refusal)
+            continue
+        # The rows of a request's outputs share the budget.
+        context = min(1200, blocks // arrival.n * BLOCK_TOKENS)
+        for index in range(arrival.n):
+            ends = log.all_ends.pop((number, index))
+            check_output(arrival, number, log.all_tokens[number, index], ends, context)
+    assert not any(log.all_ends.values())
     assert engine.status().kv_bytes == 0
     assert engine.status().running == engine.status().waiting == 0
 
@@ -198,3 +234,96 @@ def test_time_runs_out_in_the_queue_too() -> None:
 def test_a_budget_that_holds_nothing_is_refused() -> None:
     with pytest.raises(MemoryError):
         make(CountingModel(), tokens=BLOCK_TOKENS - 1)
+
+
+def test_several_outputs_come_from_one_prefill() -> None:
+    model = CountingModel()
+    engine, log = make(model), Log()
+    engine.submit(Request(1, prompt(1, 4), 9))
+    log.add(engine.step())
+    engine.submit(Request(2, prompt(2, 700), 3, n=4))
+    run(engine, log)
+    widths = [len(batch.tokens[0]) for batch in model.batches if len(batch.tokens[0]) > 4]
+    assert widths == [CHUNK_TOKENS, 700 - CHUNK_TOKENS]
+    assert log.tokens[1] == expected(prompt(1, 4), 9)
+    for index in range(4):
+        assert log.all_tokens[2, index] == expected(prompt(2, 700), 3)
+        assert log.all_ends[2, index] == [Finish.MAX_TOKENS]
+
+
+def test_an_output_is_the_same_alone_and_beside_its_siblings() -> None:
+    wild = Sampling(temperature=50.0, seed=5)
+    request = Request(1, prompt(1, 4), 12, sampling=wild)
+    alone, together = Log(), Log()
+    for log, n in ((alone, 1), (together, 3)):
+        engine = make(CountingModel())
+        engine.submit(replace(request, n=n))
+        run(engine, log)
+    made = [tuple(together.all_tokens[1, index]) for index in range(3)]
+    assert len(set(made)) == 3
+    assert made[0] == tuple(alone.tokens[1])
+
+
+def test_one_output_is_cancelled_and_the_others_go_on() -> None:
+    engine, log = make(CountingModel()), Log()
+    engine.submit(Request(1, prompt(1, 2 * CHUNK_TOKENS), 5, n=3))
+    log.add(engine.step())
+    log.add(engine.cancel(1, 0))  # while the prompt is read
+    for _ in range(2):
+        log.add(engine.step())
+    log.add(engine.cancel(1, 1))
+    run(engine, log)
+    assert [log.all_ends[1, index] for index in range(3)] == [
+        [Finish.CANCELLED],
+        [Finish.CANCELLED],
+        [Finish.MAX_TOKENS],
+    ]
+    assert log.all_tokens[1, 2] == expected(prompt(1, 2 * CHUNK_TOKENS), 5)
+
+
+def test_a_failing_prefill_ends_all_outputs() -> None:
+    model = CountingModel()
+    engine, log = make(model), Log()
+    model.fails = {0}
+    engine.submit(Request(1, prompt(1, 3), 5, n=3))
+    run(engine, log)
+    assert len(log.all_ends) == 3
+    assert engine.status().kv_bytes == 0
+
+
+@pytest.mark.parametrize("length", [1, 2, CHUNK_TOKENS, CHUNK_TOKENS + 1, 2 * CHUNK_TOKENS + 7])
+def test_a_prompt_has_log_probabilities_too(length: int) -> None:
+    given_tokens = prompt(1, length)
+    engine = make(CountingModel())
+    engine.submit(Request(1, given_tokens, 2, logprobs=3, prompt_logprobs=True))
+    outputs = []
+    while engine.status().due is not None:
+        outputs += engine.step()
+    found = [one for output in outputs for one in output.prompt_logprobs]
+    assert len(found) == length - 1
+    for position, one in enumerate(found, start=1):
+        wanted = expected_logprob(given_tokens[:position], given_tokens[position])
+        assert one.logprob == pytest.approx(wanted, abs=1e-5)
+        assert len(one.top_ids) == 3
+        assert one.top_ids[:1] == tuple(expected(given_tokens[:position], 1))
+    made = [one for output in outputs for one in output.token_ids]
+    assert made == expected(given_tokens, 2)
+    assert all(len(output.logprobs) == len(output.token_ids) for output in outputs)
+
+
+def test_log_probabilities_are_of_the_models_own_logits() -> None:
+    given_tokens = prompt(1, 3)
+    likeliest, *_ = expected(given_tokens, 1)
+    other = (likeliest + 1) % VOCAB
+    engine, outputs = make(CountingModel()), []
+    settings_ = Sampling(temperature=0.1, top_k=1, logit_bias=((other, 100.0),))
+    engine.submit(Request(1, given_tokens, 1, sampling=settings_, logprobs=1))
+    engine.submit(Request(2, given_tokens, 1))
+    while engine.status().due is not None:
+        outputs += engine.step()
+    first, second = outputs
+    assert first.token_ids == (other,)
+    (found,) = first.logprobs
+    assert found.logprob == pytest.approx(expected_logprob(given_tokens, other), abs=1e-5)
+    assert found.top_ids == (likeliest,)
+    assert second.logprobs == ()

@@ -20,7 +20,8 @@ def finish(
         stop_token_ids=frozenset({STOP}),
         ends_by=10.0,
     )
-    return finish_reason(Running(request, tokens), context_tokens=12, now=now)
+    running = Running(request, index=0, context_tokens=12, tokens=tokens)
+    return finish_reason(running, now)
 
 
 @pytest.mark.parametrize(

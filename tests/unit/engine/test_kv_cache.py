@@ -73,19 +73,21 @@ def test_a_long_capacity_shrinks_for_many_short_rows() -> None:
 
 def test_fits_counts_all_rows_at_the_longest() -> None:
     kv = cache(8 * BLOCK_TOKENS)
-    assert kv.row_limit_tokens == 8 * BLOCK_TOKENS
+    assert kv.row_limit_tokens(1) == 8 * BLOCK_TOKENS
+    assert kv.row_limit_tokens(3) == 2 * BLOCK_TOKENS
+    assert kv.row_limit_tokens(9) == 0
     assert kv.fits([BLOCK_TOKENS] * 8)
     assert not kv.fits([1] * 9)
     assert kv.fits([2 * BLOCK_TOKENS, 1, 1, 1])
     assert not kv.fits([2 * BLOCK_TOKENS + 1, 1, 1])
 
 
-def test_a_row_moves_as_a_whole() -> None:
+def test_a_row_is_copied_as_a_whole() -> None:
     kv = cache(100_000)
     kv.reserve(3, 20, [20] * 3)
     for row in range(3):
         fill(kv, row, row + 1.0, 20)
-    kv.move(2, 0, 20)
+    kv.copy(2, 0, 20)
     assert [stored(kv, row, 20) for row in range(3)] == [{3.0}, {2.0}, {3.0}]
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lowbit_server.engine.request import Request, Running, Sampling
@@ -25,11 +25,12 @@ def row(
     prompt: tuple[int, ...] = (1,),
     output: tuple[int, ...] = (),
     vocab: int = VOCAB,
+    index: int = 0,
     **fields: object,
 ) -> RowSampler:
     """Make the sampler of a request that has chosen `output` so far."""
     request = Request(id=1, prompt=prompt, max_tokens=99, sampling=sampling)
-    running = Running(replace(request, **fields))
+    running = Running(replace(request, **fields), index=index, context_tokens=999)
     sampler = RowSampler(running, vocab, CPU)
     for token in output:
         sampler.accept(token)
@@ -40,8 +41,10 @@ def row(
 def penalized(
     logits: np.ndarray, sampling: Sampling, prompt: tuple[int, ...], output: tuple[int, ...]
 ) -> np.ndarray:
-    """Apply penalties token by token, from their definitions in `generation.proto`."""
+    """Apply bias and penalties token by token, from their definitions in `generation.proto`."""
     result = logits.astype(np.float64)
+    for token, bias in sampling.logit_bias:
+        result[token] += bias
     for token in set(prompt) | set(output):
         factor = sampling.repetition_penalty
         result[token] = result[token] / factor if result[token] > 0 else result[token] * factor
@@ -75,7 +78,27 @@ def reference(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, float
         ratio = probabilities / probabilities.max()
         margin = min(margin, np.abs(ratio - sampling.min_p).min())
         probabilities[ratio < sampling.min_p] = 0
-    return probabilities / probabilities.sum(), margin
+    probabilities /= probabilities.sum()
+    if sampling.typical_p < 1:
+        probabilities, distance = typical(probabilities, sampling.typical_p)
+        margin = min(margin, distance)
+    return probabilities, margin
+
+
+def typical(probabilities: np.ndarray, mass: float) -> tuple[np.ndarray, float]:
+    """Keep the typical set, token by token, as Meister et al. 2022 define it in section 4."""
+    possible = np.flatnonzero(probabilities)
+    surprisal = -np.log(probabilities[possible])
+    entropy = (probabilities[possible] * surprisal).sum()
+    distance = np.abs(surprisal - entropy)
+    order = np.argsort(distance)
+    total = probabilities[possible][order].cumsum()
+    count = 1 + int((total < mass).sum())
+    kept = np.zeros_like(probabilities)
+    kept[possible[order[:count]]] = probabilities[possible[order[:count]]]
+    # At the edge: a mass that is just reached, or two tokens at about the same distance.
+    gap = np.diff(distance[order])[count - 1 : count].min(initial=1.0)
+    return kept / kept.sum(), min(np.abs(total - mass).min(), gap / 100)
 
 
 tokens = st.integers(0, VOCAB - 1)
@@ -88,6 +111,8 @@ samplings = st.builds(
     repetition_penalty=st.one_of(st.just(1.0), st.floats(0.5, 2)),
     presence_penalty=st.one_of(st.just(0.0), st.floats(-2, 2)),
     frequency_penalty=st.one_of(st.just(0.0), st.floats(-2, 2)),
+    typical_p=st.one_of(st.just(1.0), st.floats(0.05, 0.95)),
+    logit_bias=st.lists(st.tuples(tokens, st.floats(-20, 20)), max_size=4).map(tuple),
 )
 # Distinct and far enough apart that float32 keeps their order.
 logit_rows = st.lists(st.integers(-4000, 4000), min_size=VOCAB, max_size=VOCAB, unique=True).map(
@@ -95,6 +120,7 @@ logit_rows = st.lists(st.integers(-4000, 4000), min_size=VOCAB, max_size=VOCAB, 
 )
 
 
+@settings(deadline=None)
 @given(
     logits=logit_rows,
     sampling=samplings,
@@ -127,6 +153,8 @@ def test_the_distribution_is_the_references(
         Sampling(temperature=1.3, top_p=0.9),
         Sampling(temperature=1.0, min_p=0.1),
         Sampling(temperature=2.0, top_k=12, top_p=0.8, min_p=0.05),
+        Sampling(temperature=1.0, typical_p=0.5),
+        Sampling(temperature=1.5, top_k=20, top_p=0.95, typical_p=0.7),
     ],
 )
 def test_frequencies_follow_the_distribution(sampling: Sampling) -> None:
@@ -209,3 +237,59 @@ def test_a_wide_nucleus_is_found_beyond_the_shortcut() -> None:
     weights, ids = candidates(torch.zeros(1, vocab), Sampling(temperature=1.0, top_p=0.9))
     assert ids is not None
     assert int((weights > 0).sum()) == pytest.approx(0.9 * vocab, abs=1)
+
+
+def test_typical_sampling_leaves_the_likeliest_out_where_it_says_too_little() -> None:
+    # One token of probability 0.3 and many of little: the typical ones are the many.
+    logits = torch.zeros(1, 2001)
+    logits[0, 7] = math.log(2000 * 0.3 / 0.7)
+    weights, _ = candidates(logits, Sampling(temperature=1.0, typical_p=0.2))
+    assert weights[0, 7] == 0
+    assert int((weights > 0).sum()) == pytest.approx(0.2 / 0.7 * 2000, abs=1)
+
+
+def test_bias_moves_the_greedy_choice() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 3] = 2.0
+    toward = Sampling(logit_bias=((4, 1.5), (4, 1.0), (3, 0.2)))
+    assert sample(logits.clone(), [row(toward)]) == [4]
+    assert sample(logits.clone(), [row(Sampling(logit_bias=((3, -1000.0),)))]) != [3]
+
+
+@settings(deadline=None)
+@given(
+    words=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple), max_size=6),
+    prompt=st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple),
+    output=st.lists(st.integers(0, 2), max_size=5).map(tuple),
+)
+def test_a_bad_word_is_never_completed(
+    words: list[tuple[int, ...]], prompt: tuple[int, ...], output: tuple[int, ...]
+) -> None:
+    adjusted = torch.zeros(VOCAB)
+    row(Sampling(bad_words=tuple(words)), prompt=prompt, output=output).adjust(adjusted)
+    for token in range(VOCAB):
+        text = (*prompt, *output, token)
+        completed = any(text[-len(word) :] == word for word in words)
+        assert (adjusted[token] == -math.inf) == completed
+
+
+def test_bad_words_are_out_however_likely_they_are() -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[:, 5] = 50.0
+    rows = [row(Sampling(temperature=1.0, bad_words=((1, 5),)), output=(out,)) for out in (1, 2)]
+    for _ in range(200):
+        first, second = sample(logits.clone(), rows)
+        assert first != 5
+        assert second == 5
+
+
+def test_outputs_of_a_request_have_streams_of_their_own() -> None:
+    logits = torch.zeros(1, 5000)
+
+    def play(seed: int, index: int) -> list[int]:
+        one = row(Sampling(temperature=1.0, seed=seed), vocab=5000, index=index)
+        return [sample(logits.clone(), [one])[0] for _ in range(8)]
+
+    streams = [play(seed, index) for seed in (1, 2, 2**64 - 1) for index in range(4)]
+    assert len({tuple(stream) for stream in streams}) == len(streams)
+    assert play(1, 3) == streams[3]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from pydantic import ValidationError
@@ -47,8 +48,8 @@ def engine() -> Callable[..., ScriptedEngine]:
     return make
 
 
-def request(number: int, max_tokens: int = 5) -> Request:
-    return Request(id=number, prompt=(7,), max_tokens=max_tokens)
+def request(number: int, max_tokens: int = 5, **fields: Any) -> Request:
+    return Request(id=number, max_tokens=max_tokens, **({"prompt": (7,)} | fields))
 
 
 def step_late(engine: ScriptedEngine, clock: Clock, late_s: float) -> list[Output]:
@@ -105,3 +106,37 @@ def test_the_fewer_slots_count(
 def test_a_bad_script_is_refused(script: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Script.model_validate(script)
+
+
+def test_its_distribution_is_one(clock: Clock, engine: Callable[..., ScriptedEngine]) -> None:
+    player = engine(tokens=[20, 30])
+    player.submit(request(1, max_tokens=1, logprobs=100))
+    (output,) = step_late(player, clock, late_s=0)
+    (found,) = output.logprobs
+    assert output.token_ids == found.top_ids[:1] == (20,)
+    assert found.logprob == found.top_logprobs[0] == -math.log(2)
+    assert sorted(found.top_ids) == list(range(100))
+    assert sum(map(math.exp, found.top_logprobs)) == pytest.approx(1)
+
+
+def test_it_scores_against_its_script(clock: Clock, engine: Callable[..., ScriptedEngine]) -> None:
+    player = engine(tokens=[20, 30])
+    player.submit(request(1, continuations=((20, 30, 20), (20, 31), (19,))))
+    outputs = step_late(player, clock, late_s=0)
+    assert player.status().due is None
+    found = [[one.logprob / -math.log(2) for one in output.logprobs] for output in outputs]
+    assert found == [pytest.approx([1, 1, 1]), pytest.approx([1, 2]), pytest.approx([100])]
+    assert [output.greedy for output in outputs] == [True, False, False]
+    assert [bool(output.finish) for output in outputs] == [False, False, True]
+
+
+def test_outputs_begin_one_token_apart(clock: Clock, engine: Callable[..., ScriptedEngine]) -> None:
+    player = engine(tokens=[20, 30, 40])
+    player.submit(request(1, max_tokens=2, n=3, prompt=(5, 6), logprobs=0, prompt_logprobs=True))
+    outputs = [*step_late(player, clock, late_s=0), *step_late(player, clock, late_s=0)]
+    made = {index: [] for index in range(3)}
+    for output in outputs:
+        made[output.index] += output.token_ids
+    assert made == {0: [20, 30], 1: [30, 40], 2: [40, 20]}
+    (prompted,) = [output.prompt_logprobs for output in outputs if output.prompt_logprobs]
+    assert [one.logprob for one in prompted] == [pytest.approx(-math.log(2) * (1 + (6 - 30) % 100))]

@@ -144,7 +144,7 @@ async def test_a_lost_worker_ends_its_requests_and_reloads_what_was_live(worker:
     attach(worker)
     replica = live(worker)
     stream = RequestStream(16, lambda: None)
-    worker.submit(wire.Submit(request=1, model=MODEL), stream)
+    worker.submit(wire.Submit(request=1, model=MODEL, n=1), stream)
     assert (replica.requests, worker.requests) == (1, 1)
     worker.detach()
     assert worker.state is WorkerState.LOST
@@ -209,7 +209,7 @@ async def test_releasing_a_request_cancels_it_unless_it_has_ended(worker: Worker
     link.take()
     stream = RequestStream(16, lambda: None)
     for request, finish in ((1, 0), (2, 3)):
-        worker.submit(wire.Submit(request=request, model=MODEL), stream)
+        worker.submit(wire.Submit(request=request, model=MODEL, n=1), stream)
         output = wire.Output(request=request, token_ids=[5], finish=finish)
         worker.handle(event(step=wire.Step(outputs=[output])))
         worker.release(request)
@@ -219,6 +219,37 @@ async def test_releasing_a_request_cancels_it_unless_it_has_ended(worker: Worker
     assert worker.requests == 0
     # A step that was on its way when the request was released.
     worker.handle(event(step=wire.Step(outputs=[wire.Output(request=1, token_ids=[6])])))
+
+
+async def test_a_request_ends_with_its_last_output(worker: Worker) -> None:
+    link = attach(worker)
+    replica = live(worker)
+    stream = RequestStream(16, lambda: None)
+    worker.submit(wire.Submit(request=1, model=MODEL, n=3), stream)
+    assert (replica.requests, worker.requests) == (3, 3)
+    for left, index in ((2, 1), (1, 0)):
+        output = wire.Output(request=1, index=index, token_ids=[5], finish=3)
+        worker.handle(event(step=wire.Step(outputs=[output])))
+        assert (replica.requests, worker.requests) == (left, left)
+    link.take()
+    worker.cancel_output(1, 2)
+    assert [(one.cancel.request, one.cancel.index) for one in link.sent] == [(1, 2)]
+    worker.handle(event(step=wire.Step(outputs=[wire.Output(request=1, index=2, finish=6)])))
+    assert (replica.requests, worker.requests) == (0, 0)
+    worker.cancel_output(1, 2)
+    assert link.take() == ["cancel"]
+    assert [output.index for output in await stream.take()] == [1, 0, 2]
+
+
+async def test_a_failed_output_ends_its_request(worker: Worker) -> None:
+    attach(worker)
+    replica = live(worker)
+    stream = RequestStream(16, lambda: None)
+    worker.submit(wire.Submit(request=1, model=MODEL, n=3), stream)
+    outputs = [wire.Output(request=1, index=index, error="broken") for index in range(3)]
+    worker.handle(event(step=wire.Step(outputs=outputs)))
+    assert (replica.requests, worker.requests) == (0, 0)
+    assert len(await stream.take()) == 1
 
 
 async def test_events_of_a_model_that_is_gone_are_ignored(worker: Worker) -> None:

@@ -81,7 +81,7 @@ class Front:
     def submit(self, model: str, prompt: Iterable[int], max_tokens: int, **fields: Any) -> int:
         """Submit a greedy request and return its number."""
         self._submitted += 1
-        plain = {"top_p": 1.0, "repetition_penalty": 1.0}
+        plain = {"top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "n": 1}
         message = pb.Submit(
             request=self._submitted,
             model=model,

@@ -308,7 +308,109 @@ func (x *Chat) GetAddGenerationPrompt() bool {
 	return false
 }
 
-// How the next token is chosen from the model's distribution.
+// Makes one token more or less likely.
+type LogitBias struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Token id of the model's vocabulary.
+	TokenId uint32 `protobuf:"varint,1,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"`
+	// Added to its logit, before the penalties. Entries of the same token add up.
+	Bias          float32 `protobuf:"fixed32,2,opt,name=bias,proto3" json:"bias,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogitBias) Reset() {
+	*x = LogitBias{}
+	mi := &file_lowbit_v1_generation_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogitBias) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogitBias) ProtoMessage() {}
+
+func (x *LogitBias) ProtoReflect() protoreflect.Message {
+	mi := &file_lowbit_v1_generation_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogitBias.ProtoReflect.Descriptor instead.
+func (*LogitBias) Descriptor() ([]byte, []int) {
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *LogitBias) GetTokenId() uint32 {
+	if x != nil {
+		return x.TokenId
+	}
+	return 0
+}
+
+func (x *LogitBias) GetBias() float32 {
+	if x != nil {
+		return x.Bias
+	}
+	return 0
+}
+
+// A short sequence of token ids.
+type TokenSequence struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Token ids of the model's vocabulary, in order.
+	Ids           []uint32 `protobuf:"varint,1,rep,packed,name=ids,proto3" json:"ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TokenSequence) Reset() {
+	*x = TokenSequence{}
+	mi := &file_lowbit_v1_generation_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TokenSequence) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TokenSequence) ProtoMessage() {}
+
+func (x *TokenSequence) ProtoReflect() protoreflect.Message {
+	mi := &file_lowbit_v1_generation_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TokenSequence.ProtoReflect.Descriptor instead.
+func (*TokenSequence) Descriptor() ([]byte, []int) {
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *TokenSequence) GetIds() []uint32 {
+	if x != nil {
+		return x.Ids
+	}
+	return nil
+}
+
+// How the next token is chosen from the model's distribution: bias, penalties and bad words
+// change the logits; then temperature, top_k, top_p, min_p and typical_p apply, in this order.
 type Sampling struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Softmax temperature; 0 is greedy. Default 1.
@@ -327,15 +429,25 @@ type Sampling struct {
 	FrequencyPenalty *float32 `protobuf:"fixed32,7,opt,name=frequency_penalty,json=frequencyPenalty,proto3,oneof" json:"frequency_penalty,omitempty"`
 	// Makes sampling reproducible. Without it every request samples anew.
 	Seed *uint64 `protobuf:"varint,8,opt,name=seed,proto3,oneof" json:"seed,omitempty"`
-	// Number of outputs for the one prompt. Default 1.
-	N             *uint32 `protobuf:"varint,9,opt,name=n,proto3,oneof" json:"n,omitempty"`
+	// Number of outputs for the one prompt, which is read once. Each has a random stream of its
+	// own, made from seed and index; the first is what n = 1 gives. They share the KV memory: the
+	// more there are, the shorter the context of each may be. Default 1.
+	N *uint32 `protobuf:"varint,9,opt,name=n,proto3,oneof" json:"n,omitempty"`
+	// Keeps the smallest set of tokens with this probability whose information content is nearest
+	// to the distribution's entropy (Meister et al. 2022). Default 1 (off).
+	TypicalP *float32 `protobuf:"fixed32,10,opt,name=typical_p,json=typicalP,proto3,oneof" json:"typical_p,omitempty"`
+	// What is added to the logits of single tokens.
+	LogitBias []*LogitBias `protobuf:"bytes,11,rep,name=logit_bias,json=logitBias,proto3" json:"logit_bias,omitempty"`
+	// A sequence's last token is never generated where the tokens before it, of prompt and output
+	// together, are the others of the sequence.
+	BadWords      []*TokenSequence `protobuf:"bytes,12,rep,name=bad_words,json=badWords,proto3" json:"bad_words,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Sampling) Reset() {
 	*x = Sampling{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[3]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -347,7 +459,7 @@ func (x *Sampling) String() string {
 func (*Sampling) ProtoMessage() {}
 
 func (x *Sampling) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[3]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -360,7 +472,7 @@ func (x *Sampling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sampling.ProtoReflect.Descriptor instead.
 func (*Sampling) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{3}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Sampling) GetTemperature() float32 {
@@ -426,6 +538,27 @@ func (x *Sampling) GetN() uint32 {
 	return 0
 }
 
+func (x *Sampling) GetTypicalP() float32 {
+	if x != nil && x.TypicalP != nil {
+		return *x.TypicalP
+	}
+	return 0
+}
+
+func (x *Sampling) GetLogitBias() []*LogitBias {
+	if x != nil {
+		return x.LogitBias
+	}
+	return nil
+}
+
+func (x *Sampling) GetBadWords() []*TokenSequence {
+	if x != nil {
+		return x.BadWords
+	}
+	return nil
+}
+
 // When an output ends.
 type Stopping struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -447,7 +580,7 @@ type Stopping struct {
 
 func (x *Stopping) Reset() {
 	*x = Stopping{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[4]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -459,7 +592,7 @@ func (x *Stopping) String() string {
 func (*Stopping) ProtoMessage() {}
 
 func (x *Stopping) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[4]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -472,7 +605,7 @@ func (x *Stopping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stopping.ProtoReflect.Descriptor instead.
 func (*Stopping) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{4}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Stopping) GetMaxTokens() uint32 {
@@ -528,7 +661,7 @@ type Choice struct {
 
 func (x *Choice) Reset() {
 	*x = Choice{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[5]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -540,7 +673,7 @@ func (x *Choice) String() string {
 func (*Choice) ProtoMessage() {}
 
 func (x *Choice) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[5]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -553,7 +686,7 @@ func (x *Choice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Choice.ProtoReflect.Descriptor instead.
 func (*Choice) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{5}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Choice) GetOptions() []string {
@@ -581,7 +714,7 @@ type OutputConstraint struct {
 
 func (x *OutputConstraint) Reset() {
 	*x = OutputConstraint{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[6]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -593,7 +726,7 @@ func (x *OutputConstraint) String() string {
 func (*OutputConstraint) ProtoMessage() {}
 
 func (x *OutputConstraint) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[6]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -606,7 +739,7 @@ func (x *OutputConstraint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputConstraint.ProtoReflect.Descriptor instead.
 func (*OutputConstraint) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{6}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *OutputConstraint) GetKind() isOutputConstraint_Kind {
@@ -687,9 +820,11 @@ func (*OutputConstraint_Choice) isOutputConstraint_Kind() {}
 // What the stream reports beside text.
 type OutputOptions struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Log-probabilities of the chosen token and of this many likeliest ones.
+	// Log-probabilities of the chosen token and of this many likeliest ones, at every position:
+	// log-softmax of the model's own logits, before bias, penalties, temperature and truncation.
 	Logprobs *uint32 `protobuf:"varint,1,opt,name=logprobs,proto3,oneof" json:"logprobs,omitempty"`
-	// Emits the prompt before the output.
+	// Emits the prompt before each output: its text, special tokens left out, and, with logprobs
+	// or token_ids, its tokens. The first token has no log-probability.
 	Echo *bool `protobuf:"varint,2,opt,name=echo,proto3,oneof" json:"echo,omitempty"`
 	// Reports the token ids of each delta.
 	TokenIds      *bool `protobuf:"varint,3,opt,name=token_ids,json=tokenIds,proto3,oneof" json:"token_ids,omitempty"`
@@ -699,7 +834,7 @@ type OutputOptions struct {
 
 func (x *OutputOptions) Reset() {
 	*x = OutputOptions{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[7]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -711,7 +846,7 @@ func (x *OutputOptions) String() string {
 func (*OutputOptions) ProtoMessage() {}
 
 func (x *OutputOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[7]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -724,7 +859,7 @@ func (x *OutputOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputOptions.ProtoReflect.Descriptor instead.
 func (*OutputOptions) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{7}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *OutputOptions) GetLogprobs() uint32 {
@@ -777,7 +912,7 @@ type GenerateRequest struct {
 
 func (x *GenerateRequest) Reset() {
 	*x = GenerateRequest{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[8]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -789,7 +924,7 @@ func (x *GenerateRequest) String() string {
 func (*GenerateRequest) ProtoMessage() {}
 
 func (x *GenerateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[8]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -802,7 +937,7 @@ func (x *GenerateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateRequest.ProtoReflect.Descriptor instead.
 func (*GenerateRequest) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{8}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GenerateRequest) GetModel() string {
@@ -928,7 +1063,7 @@ type Started struct {
 
 func (x *Started) Reset() {
 	*x = Started{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[9]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -940,7 +1075,7 @@ func (x *Started) String() string {
 func (*Started) ProtoMessage() {}
 
 func (x *Started) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[9]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -953,7 +1088,7 @@ func (x *Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Started.ProtoReflect.Descriptor instead.
 func (*Started) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{9}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Started) GetRequestId() string {
@@ -1011,7 +1146,7 @@ type TopLogprob struct {
 
 func (x *TopLogprob) Reset() {
 	*x = TopLogprob{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[10]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1023,7 +1158,7 @@ func (x *TopLogprob) String() string {
 func (*TopLogprob) ProtoMessage() {}
 
 func (x *TopLogprob) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[10]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1036,7 +1171,7 @@ func (x *TopLogprob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopLogprob.ProtoReflect.Descriptor instead.
 func (*TopLogprob) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{10}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *TopLogprob) GetTokenId() uint32 {
@@ -1068,7 +1203,7 @@ type Token struct {
 
 func (x *Token) Reset() {
 	*x = Token{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[11]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1080,7 +1215,7 @@ func (x *Token) String() string {
 func (*Token) ProtoMessage() {}
 
 func (x *Token) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[11]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1093,7 +1228,7 @@ func (x *Token) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Token.ProtoReflect.Descriptor instead.
 func (*Token) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{11}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Token) GetId() uint32 {
@@ -1132,7 +1267,7 @@ type Delta struct {
 
 func (x *Delta) Reset() {
 	*x = Delta{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[12]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1279,7 @@ func (x *Delta) String() string {
 func (*Delta) ProtoMessage() {}
 
 func (x *Delta) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[12]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1292,7 @@ func (x *Delta) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delta.ProtoReflect.Descriptor instead.
 func (*Delta) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{12}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Delta) GetOutputIndex() uint32 {
@@ -1198,7 +1333,7 @@ type OutputFinished struct {
 
 func (x *OutputFinished) Reset() {
 	*x = OutputFinished{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[13]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1210,7 +1345,7 @@ func (x *OutputFinished) String() string {
 func (*OutputFinished) ProtoMessage() {}
 
 func (x *OutputFinished) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[13]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1223,7 +1358,7 @@ func (x *OutputFinished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputFinished.ProtoReflect.Descriptor instead.
 func (*OutputFinished) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{13}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *OutputFinished) GetOutputIndex() uint32 {
@@ -1261,7 +1396,8 @@ type Usage struct {
 	PromptTokens uint32 `protobuf:"varint,1,opt,name=prompt_tokens,json=promptTokens,proto3" json:"prompt_tokens,omitempty"`
 	// Tokens of the prompt that came from the KV cache.
 	CachedTokens uint32 `protobuf:"varint,2,opt,name=cached_tokens,json=cachedTokens,proto3" json:"cached_tokens,omitempty"`
-	// Tokens generated, over all outputs, including end and stop tokens.
+	// Tokens generated, over all outputs, including end and stop tokens; of a score, the tokens
+	// of the continuations.
 	OutputTokens  uint32 `protobuf:"varint,3,opt,name=output_tokens,json=outputTokens,proto3" json:"output_tokens,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1269,7 +1405,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[14]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1281,7 +1417,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[14]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1294,7 +1430,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{14}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Usage) GetPromptTokens() uint32 {
@@ -1333,7 +1469,7 @@ type Timings struct {
 
 func (x *Timings) Reset() {
 	*x = Timings{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[15]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1345,7 +1481,7 @@ func (x *Timings) String() string {
 func (*Timings) ProtoMessage() {}
 
 func (x *Timings) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[15]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1358,7 +1494,7 @@ func (x *Timings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timings.ProtoReflect.Descriptor instead.
 func (*Timings) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{15}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Timings) GetQueue() *durationpb.Duration {
@@ -1395,7 +1531,7 @@ type Completed struct {
 
 func (x *Completed) Reset() {
 	*x = Completed{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[16]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1407,7 +1543,7 @@ func (x *Completed) String() string {
 func (*Completed) ProtoMessage() {}
 
 func (x *Completed) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[16]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1420,7 +1556,7 @@ func (x *Completed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Completed.ProtoReflect.Descriptor instead.
 func (*Completed) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{16}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Completed) GetUsage() *Usage {
@@ -1457,7 +1593,7 @@ type GenerateResponse struct {
 
 func (x *GenerateResponse) Reset() {
 	*x = GenerateResponse{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[17]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1469,7 +1605,7 @@ func (x *GenerateResponse) String() string {
 func (*GenerateResponse) ProtoMessage() {}
 
 func (x *GenerateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[17]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1482,7 +1618,7 @@ func (x *GenerateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateResponse.ProtoReflect.Descriptor instead.
 func (*GenerateResponse) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{17}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GenerateResponse) GetSequence() uint64 {
@@ -1587,7 +1723,7 @@ type TokenizeRequest struct {
 
 func (x *TokenizeRequest) Reset() {
 	*x = TokenizeRequest{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[18]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1599,7 +1735,7 @@ func (x *TokenizeRequest) String() string {
 func (*TokenizeRequest) ProtoMessage() {}
 
 func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[18]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1612,7 +1748,7 @@ func (x *TokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeRequest.ProtoReflect.Descriptor instead.
 func (*TokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{18}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *TokenizeRequest) GetModel() string {
@@ -1685,7 +1821,7 @@ type TokenizeResponse struct {
 
 func (x *TokenizeResponse) Reset() {
 	*x = TokenizeResponse{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[19]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1697,7 +1833,7 @@ func (x *TokenizeResponse) String() string {
 func (*TokenizeResponse) ProtoMessage() {}
 
 func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[19]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1710,7 +1846,7 @@ func (x *TokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenizeResponse.ProtoReflect.Descriptor instead.
 func (*TokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{19}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *TokenizeResponse) GetTokenIds() []uint32 {
@@ -1742,7 +1878,7 @@ type DetokenizeRequest struct {
 
 func (x *DetokenizeRequest) Reset() {
 	*x = DetokenizeRequest{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[20]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1754,7 +1890,7 @@ func (x *DetokenizeRequest) String() string {
 func (*DetokenizeRequest) ProtoMessage() {}
 
 func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[20]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1767,7 +1903,7 @@ func (x *DetokenizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeRequest.ProtoReflect.Descriptor instead.
 func (*DetokenizeRequest) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{20}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DetokenizeRequest) GetModel() string {
@@ -1802,7 +1938,7 @@ type DetokenizeResponse struct {
 
 func (x *DetokenizeResponse) Reset() {
 	*x = DetokenizeResponse{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[21]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1814,7 +1950,7 @@ func (x *DetokenizeResponse) String() string {
 func (*DetokenizeResponse) ProtoMessage() {}
 
 func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[21]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1827,7 +1963,7 @@ func (x *DetokenizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetokenizeResponse.ProtoReflect.Descriptor instead.
 func (*DetokenizeResponse) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{21}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *DetokenizeResponse) GetText() string {
@@ -1849,7 +1985,8 @@ type ScoreRequest struct {
 	//	*ScoreRequest_Text
 	//	*ScoreRequest_TokenIds
 	Prompt isScoreRequest_Prompt `protobuf_oneof:"prompt"`
-	// The continuations to score, as token ids.
+	// The continuations to score, as token ids; 1048576 tokens in all at most. Prompt and
+	// continuation together may be as long as the context.
 	Continuations []*TokenIds `protobuf:"bytes,4,rep,name=continuations,proto3" json:"continuations,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1857,7 +1994,7 @@ type ScoreRequest struct {
 
 func (x *ScoreRequest) Reset() {
 	*x = ScoreRequest{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[22]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1869,7 +2006,7 @@ func (x *ScoreRequest) String() string {
 func (*ScoreRequest) ProtoMessage() {}
 
 func (x *ScoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[22]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1882,7 +2019,7 @@ func (x *ScoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScoreRequest.ProtoReflect.Descriptor instead.
 func (*ScoreRequest) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{22}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ScoreRequest) GetModel() string {
@@ -1945,11 +2082,11 @@ func (*ScoreRequest_TokenIds) isScoreRequest_Prompt() {}
 // Log-probabilities of one continuation.
 type ContinuationScore struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Natural log-probability of each token given all before it.
+	// Natural log-probability of each token given all before it, as OutputOptions.logprobs.
 	TokenLogprobs []float32 `protobuf:"fixed32,1,rep,packed,name=token_logprobs,json=tokenLogprobs,proto3" json:"token_logprobs,omitempty"`
 	// Their sum.
 	Logprob float64 `protobuf:"fixed64,2,opt,name=logprob,proto3" json:"logprob,omitempty"`
-	// Whether each token is the greedy choice at its position.
+	// Whether each token is the greedy choice at its position: the likeliest one.
 	IsGreedy      bool `protobuf:"varint,3,opt,name=is_greedy,json=isGreedy,proto3" json:"is_greedy,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1957,7 +2094,7 @@ type ContinuationScore struct {
 
 func (x *ContinuationScore) Reset() {
 	*x = ContinuationScore{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[23]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1969,7 +2106,7 @@ func (x *ContinuationScore) String() string {
 func (*ContinuationScore) ProtoMessage() {}
 
 func (x *ContinuationScore) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[23]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1982,7 +2119,7 @@ func (x *ContinuationScore) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContinuationScore.ProtoReflect.Descriptor instead.
 func (*ContinuationScore) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{23}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ContinuationScore) GetTokenLogprobs() []float32 {
@@ -2019,7 +2156,7 @@ type ScoreResponse struct {
 
 func (x *ScoreResponse) Reset() {
 	*x = ScoreResponse{}
-	mi := &file_lowbit_v1_generation_proto_msgTypes[24]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2031,7 +2168,7 @@ func (x *ScoreResponse) String() string {
 func (*ScoreResponse) ProtoMessage() {}
 
 func (x *ScoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_lowbit_v1_generation_proto_msgTypes[24]
+	mi := &file_lowbit_v1_generation_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2044,7 +2181,7 @@ func (x *ScoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ScoreResponse.ProtoReflect.Descriptor instead.
 func (*ScoreResponse) Descriptor() ([]byte, []int) {
-	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{24}
+	return file_lowbit_v1_generation_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ScoreResponse) GetScores() []*ContinuationScore {
@@ -2075,7 +2212,15 @@ const file_lowbit_v1_generation_proto_rawDesc = "" +
 	"\x04Chat\x12?\n" +
 	"\bmessages\x18\x01 \x03(\v2\x16.lowbit.v1.ChatMessageB\v\xbaH\b\x92\x01\x05\b\x01\x10\x80 R\bmessages\x127\n" +
 	"\x15add_generation_prompt\x18\x02 \x01(\bH\x00R\x13addGenerationPrompt\x88\x01\x01B\x18\n" +
-	"\x16_add_generation_prompt\"\xbf\x04\n" +
+	"\x16_add_generation_prompt\"K\n" +
+	"\tLogitBias\x12\x19\n" +
+	"\btoken_id\x18\x01 \x01(\rR\atokenId\x12#\n" +
+	"\x04bias\x18\x02 \x01(\x02B\x0f\xbaH\f\n" +
+	"\n" +
+	"\x1d\x00\x00zD-\x00\x00z\xc4R\x04bias\"-\n" +
+	"\rTokenSequence\x12\x1c\n" +
+	"\x03ids\x18\x01 \x03(\rB\n" +
+	"\xbaH\a\x92\x01\x04\b\x01\x10@R\x03ids\"\x82\x06\n" +
 	"\bSampling\x128\n" +
 	"\vtemperature\x18\x01 \x01(\x02B\x11\xbaH\x0e\n" +
 	"\f\x1d\x00\x00\xc8B-\x00\x00\x00\x00@\x01H\x00R\vtemperature\x88\x01\x01\x12)\n" +
@@ -2097,7 +2242,14 @@ const file_lowbit_v1_generation_proto_rawDesc = "" +
 	"\x1d\x00\x00\xc8B-\x00\x00\xc8\xc2H\x06R\x10frequencyPenalty\x88\x01\x01\x12\x17\n" +
 	"\x04seed\x18\b \x01(\x04H\aR\x04seed\x88\x01\x01\x12\x1d\n" +
 	"\x01n\x18\t \x01(\rB\n" +
-	"\xbaH\a*\x05\x18\x80\x01(\x01H\bR\x01n\x88\x01\x01B\x0e\n" +
+	"\xbaH\a*\x05\x18\x80\x01(\x01H\bR\x01n\x88\x01\x01\x121\n" +
+	"\ttypical_p\x18\n" +
+	" \x01(\x02B\x0f\xbaH\f\n" +
+	"\n" +
+	"\x1d\x00\x00\x80?%\x00\x00\x00\x00H\tR\btypicalP\x88\x01\x01\x12>\n" +
+	"\n" +
+	"logit_bias\x18\v \x03(\v2\x14.lowbit.v1.LogitBiasB\t\xbaH\x06\x92\x01\x03\x10\x80\bR\tlogitBias\x12@\n" +
+	"\tbad_words\x18\f \x03(\v2\x18.lowbit.v1.TokenSequenceB\t\xbaH\x06\x92\x01\x03\x10\x80\bR\bbadWordsB\x0e\n" +
 	"\f_temperatureB\b\n" +
 	"\x06_top_pB\b\n" +
 	"\x06_top_kB\b\n" +
@@ -2106,7 +2258,9 @@ const file_lowbit_v1_generation_proto_rawDesc = "" +
 	"\x11_presence_penaltyB\x14\n" +
 	"\x12_frequency_penaltyB\a\n" +
 	"\x05_seedB\x04\n" +
-	"\x02_n\"\xd4\x02\n" +
+	"\x02_nB\f\n" +
+	"\n" +
+	"_typical_p\"\xd4\x02\n" +
 	"\bStopping\x12/\n" +
 	"\n" +
 	"max_tokens\x18\x01 \x01(\rB\v\xbaH\b*\x06\x18\x80\x80@(\x01H\x00R\tmaxTokens\x88\x01\x01\x12-\n" +
@@ -2268,78 +2422,82 @@ func file_lowbit_v1_generation_proto_rawDescGZIP() []byte {
 }
 
 var file_lowbit_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_lowbit_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_lowbit_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_lowbit_v1_generation_proto_goTypes = []any{
 	(Role)(0),                   // 0: lowbit.v1.Role
 	(FinishReason)(0),           // 1: lowbit.v1.FinishReason
 	(*TokenIds)(nil),            // 2: lowbit.v1.TokenIds
 	(*ChatMessage)(nil),         // 3: lowbit.v1.ChatMessage
 	(*Chat)(nil),                // 4: lowbit.v1.Chat
-	(*Sampling)(nil),            // 5: lowbit.v1.Sampling
-	(*Stopping)(nil),            // 6: lowbit.v1.Stopping
-	(*Choice)(nil),              // 7: lowbit.v1.Choice
-	(*OutputConstraint)(nil),    // 8: lowbit.v1.OutputConstraint
-	(*OutputOptions)(nil),       // 9: lowbit.v1.OutputOptions
-	(*GenerateRequest)(nil),     // 10: lowbit.v1.GenerateRequest
-	(*Started)(nil),             // 11: lowbit.v1.Started
-	(*TopLogprob)(nil),          // 12: lowbit.v1.TopLogprob
-	(*Token)(nil),               // 13: lowbit.v1.Token
-	(*Delta)(nil),               // 14: lowbit.v1.Delta
-	(*OutputFinished)(nil),      // 15: lowbit.v1.OutputFinished
-	(*Usage)(nil),               // 16: lowbit.v1.Usage
-	(*Timings)(nil),             // 17: lowbit.v1.Timings
-	(*Completed)(nil),           // 18: lowbit.v1.Completed
-	(*GenerateResponse)(nil),    // 19: lowbit.v1.GenerateResponse
-	(*TokenizeRequest)(nil),     // 20: lowbit.v1.TokenizeRequest
-	(*TokenizeResponse)(nil),    // 21: lowbit.v1.TokenizeResponse
-	(*DetokenizeRequest)(nil),   // 22: lowbit.v1.DetokenizeRequest
-	(*DetokenizeResponse)(nil),  // 23: lowbit.v1.DetokenizeResponse
-	(*ScoreRequest)(nil),        // 24: lowbit.v1.ScoreRequest
-	(*ContinuationScore)(nil),   // 25: lowbit.v1.ContinuationScore
-	(*ScoreResponse)(nil),       // 26: lowbit.v1.ScoreResponse
-	(*durationpb.Duration)(nil), // 27: google.protobuf.Duration
+	(*LogitBias)(nil),           // 5: lowbit.v1.LogitBias
+	(*TokenSequence)(nil),       // 6: lowbit.v1.TokenSequence
+	(*Sampling)(nil),            // 7: lowbit.v1.Sampling
+	(*Stopping)(nil),            // 8: lowbit.v1.Stopping
+	(*Choice)(nil),              // 9: lowbit.v1.Choice
+	(*OutputConstraint)(nil),    // 10: lowbit.v1.OutputConstraint
+	(*OutputOptions)(nil),       // 11: lowbit.v1.OutputOptions
+	(*GenerateRequest)(nil),     // 12: lowbit.v1.GenerateRequest
+	(*Started)(nil),             // 13: lowbit.v1.Started
+	(*TopLogprob)(nil),          // 14: lowbit.v1.TopLogprob
+	(*Token)(nil),               // 15: lowbit.v1.Token
+	(*Delta)(nil),               // 16: lowbit.v1.Delta
+	(*OutputFinished)(nil),      // 17: lowbit.v1.OutputFinished
+	(*Usage)(nil),               // 18: lowbit.v1.Usage
+	(*Timings)(nil),             // 19: lowbit.v1.Timings
+	(*Completed)(nil),           // 20: lowbit.v1.Completed
+	(*GenerateResponse)(nil),    // 21: lowbit.v1.GenerateResponse
+	(*TokenizeRequest)(nil),     // 22: lowbit.v1.TokenizeRequest
+	(*TokenizeResponse)(nil),    // 23: lowbit.v1.TokenizeResponse
+	(*DetokenizeRequest)(nil),   // 24: lowbit.v1.DetokenizeRequest
+	(*DetokenizeResponse)(nil),  // 25: lowbit.v1.DetokenizeResponse
+	(*ScoreRequest)(nil),        // 26: lowbit.v1.ScoreRequest
+	(*ContinuationScore)(nil),   // 27: lowbit.v1.ContinuationScore
+	(*ScoreResponse)(nil),       // 28: lowbit.v1.ScoreResponse
+	(*durationpb.Duration)(nil), // 29: google.protobuf.Duration
 }
 var file_lowbit_v1_generation_proto_depIdxs = []int32{
 	0,  // 0: lowbit.v1.ChatMessage.role:type_name -> lowbit.v1.Role
 	3,  // 1: lowbit.v1.Chat.messages:type_name -> lowbit.v1.ChatMessage
-	27, // 2: lowbit.v1.Stopping.time_limit:type_name -> google.protobuf.Duration
-	7,  // 3: lowbit.v1.OutputConstraint.choice:type_name -> lowbit.v1.Choice
-	2,  // 4: lowbit.v1.GenerateRequest.token_ids:type_name -> lowbit.v1.TokenIds
-	4,  // 5: lowbit.v1.GenerateRequest.chat:type_name -> lowbit.v1.Chat
-	5,  // 6: lowbit.v1.GenerateRequest.sampling:type_name -> lowbit.v1.Sampling
-	6,  // 7: lowbit.v1.GenerateRequest.stopping:type_name -> lowbit.v1.Stopping
-	8,  // 8: lowbit.v1.GenerateRequest.constraint:type_name -> lowbit.v1.OutputConstraint
-	9,  // 9: lowbit.v1.GenerateRequest.output:type_name -> lowbit.v1.OutputOptions
-	12, // 10: lowbit.v1.Token.top:type_name -> lowbit.v1.TopLogprob
-	13, // 11: lowbit.v1.Delta.tokens:type_name -> lowbit.v1.Token
-	1,  // 12: lowbit.v1.OutputFinished.reason:type_name -> lowbit.v1.FinishReason
-	27, // 13: lowbit.v1.Timings.queue:type_name -> google.protobuf.Duration
-	27, // 14: lowbit.v1.Timings.time_to_first_token:type_name -> google.protobuf.Duration
-	27, // 15: lowbit.v1.Timings.decode:type_name -> google.protobuf.Duration
-	16, // 16: lowbit.v1.Completed.usage:type_name -> lowbit.v1.Usage
-	17, // 17: lowbit.v1.Completed.timings:type_name -> lowbit.v1.Timings
-	11, // 18: lowbit.v1.GenerateResponse.started:type_name -> lowbit.v1.Started
-	14, // 19: lowbit.v1.GenerateResponse.delta:type_name -> lowbit.v1.Delta
-	15, // 20: lowbit.v1.GenerateResponse.output_finished:type_name -> lowbit.v1.OutputFinished
-	18, // 21: lowbit.v1.GenerateResponse.completed:type_name -> lowbit.v1.Completed
-	4,  // 22: lowbit.v1.TokenizeRequest.chat:type_name -> lowbit.v1.Chat
-	2,  // 23: lowbit.v1.ScoreRequest.token_ids:type_name -> lowbit.v1.TokenIds
-	2,  // 24: lowbit.v1.ScoreRequest.continuations:type_name -> lowbit.v1.TokenIds
-	25, // 25: lowbit.v1.ScoreResponse.scores:type_name -> lowbit.v1.ContinuationScore
-	16, // 26: lowbit.v1.ScoreResponse.usage:type_name -> lowbit.v1.Usage
-	10, // 27: lowbit.v1.GenerationService.Generate:input_type -> lowbit.v1.GenerateRequest
-	20, // 28: lowbit.v1.GenerationService.Tokenize:input_type -> lowbit.v1.TokenizeRequest
-	22, // 29: lowbit.v1.GenerationService.Detokenize:input_type -> lowbit.v1.DetokenizeRequest
-	24, // 30: lowbit.v1.GenerationService.Score:input_type -> lowbit.v1.ScoreRequest
-	19, // 31: lowbit.v1.GenerationService.Generate:output_type -> lowbit.v1.GenerateResponse
-	21, // 32: lowbit.v1.GenerationService.Tokenize:output_type -> lowbit.v1.TokenizeResponse
-	23, // 33: lowbit.v1.GenerationService.Detokenize:output_type -> lowbit.v1.DetokenizeResponse
-	26, // 34: lowbit.v1.GenerationService.Score:output_type -> lowbit.v1.ScoreResponse
-	31, // [31:35] is the sub-list for method output_type
-	27, // [27:31] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	5,  // 2: lowbit.v1.Sampling.logit_bias:type_name -> lowbit.v1.LogitBias
+	6,  // 3: lowbit.v1.Sampling.bad_words:type_name -> lowbit.v1.TokenSequence
+	29, // 4: lowbit.v1.Stopping.time_limit:type_name -> google.protobuf.Duration
+	9,  // 5: lowbit.v1.OutputConstraint.choice:type_name -> lowbit.v1.Choice
+	2,  // 6: lowbit.v1.GenerateRequest.token_ids:type_name -> lowbit.v1.TokenIds
+	4,  // 7: lowbit.v1.GenerateRequest.chat:type_name -> lowbit.v1.Chat
+	7,  // 8: lowbit.v1.GenerateRequest.sampling:type_name -> lowbit.v1.Sampling
+	8,  // 9: lowbit.v1.GenerateRequest.stopping:type_name -> lowbit.v1.Stopping
+	10, // 10: lowbit.v1.GenerateRequest.constraint:type_name -> lowbit.v1.OutputConstraint
+	11, // 11: lowbit.v1.GenerateRequest.output:type_name -> lowbit.v1.OutputOptions
+	14, // 12: lowbit.v1.Token.top:type_name -> lowbit.v1.TopLogprob
+	15, // 13: lowbit.v1.Delta.tokens:type_name -> lowbit.v1.Token
+	1,  // 14: lowbit.v1.OutputFinished.reason:type_name -> lowbit.v1.FinishReason
+	29, // 15: lowbit.v1.Timings.queue:type_name -> google.protobuf.Duration
+	29, // 16: lowbit.v1.Timings.time_to_first_token:type_name -> google.protobuf.Duration
+	29, // 17: lowbit.v1.Timings.decode:type_name -> google.protobuf.Duration
+	18, // 18: lowbit.v1.Completed.usage:type_name -> lowbit.v1.Usage
+	19, // 19: lowbit.v1.Completed.timings:type_name -> lowbit.v1.Timings
+	13, // 20: lowbit.v1.GenerateResponse.started:type_name -> lowbit.v1.Started
+	16, // 21: lowbit.v1.GenerateResponse.delta:type_name -> lowbit.v1.Delta
+	17, // 22: lowbit.v1.GenerateResponse.output_finished:type_name -> lowbit.v1.OutputFinished
+	20, // 23: lowbit.v1.GenerateResponse.completed:type_name -> lowbit.v1.Completed
+	4,  // 24: lowbit.v1.TokenizeRequest.chat:type_name -> lowbit.v1.Chat
+	2,  // 25: lowbit.v1.ScoreRequest.token_ids:type_name -> lowbit.v1.TokenIds
+	2,  // 26: lowbit.v1.ScoreRequest.continuations:type_name -> lowbit.v1.TokenIds
+	27, // 27: lowbit.v1.ScoreResponse.scores:type_name -> lowbit.v1.ContinuationScore
+	18, // 28: lowbit.v1.ScoreResponse.usage:type_name -> lowbit.v1.Usage
+	12, // 29: lowbit.v1.GenerationService.Generate:input_type -> lowbit.v1.GenerateRequest
+	22, // 30: lowbit.v1.GenerationService.Tokenize:input_type -> lowbit.v1.TokenizeRequest
+	24, // 31: lowbit.v1.GenerationService.Detokenize:input_type -> lowbit.v1.DetokenizeRequest
+	26, // 32: lowbit.v1.GenerationService.Score:input_type -> lowbit.v1.ScoreRequest
+	21, // 33: lowbit.v1.GenerationService.Generate:output_type -> lowbit.v1.GenerateResponse
+	23, // 34: lowbit.v1.GenerationService.Tokenize:output_type -> lowbit.v1.TokenizeResponse
+	25, // 35: lowbit.v1.GenerationService.Detokenize:output_type -> lowbit.v1.DetokenizeResponse
+	28, // 36: lowbit.v1.GenerationService.Score:output_type -> lowbit.v1.ScoreResponse
+	33, // [33:37] is the sub-list for method output_type
+	29, // [29:33] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_lowbit_v1_generation_proto_init() }
@@ -2348,34 +2506,34 @@ func file_lowbit_v1_generation_proto_init() {
 		return
 	}
 	file_lowbit_v1_generation_proto_msgTypes[2].OneofWrappers = []any{}
-	file_lowbit_v1_generation_proto_msgTypes[3].OneofWrappers = []any{}
-	file_lowbit_v1_generation_proto_msgTypes[4].OneofWrappers = []any{}
-	file_lowbit_v1_generation_proto_msgTypes[6].OneofWrappers = []any{
+	file_lowbit_v1_generation_proto_msgTypes[5].OneofWrappers = []any{}
+	file_lowbit_v1_generation_proto_msgTypes[6].OneofWrappers = []any{}
+	file_lowbit_v1_generation_proto_msgTypes[8].OneofWrappers = []any{
 		(*OutputConstraint_JsonSchema)(nil),
 		(*OutputConstraint_Regex)(nil),
 		(*OutputConstraint_Grammar)(nil),
 		(*OutputConstraint_Choice)(nil),
 	}
-	file_lowbit_v1_generation_proto_msgTypes[7].OneofWrappers = []any{}
-	file_lowbit_v1_generation_proto_msgTypes[8].OneofWrappers = []any{
+	file_lowbit_v1_generation_proto_msgTypes[9].OneofWrappers = []any{}
+	file_lowbit_v1_generation_proto_msgTypes[10].OneofWrappers = []any{
 		(*GenerateRequest_Text)(nil),
 		(*GenerateRequest_TokenIds)(nil),
 		(*GenerateRequest_Chat)(nil),
 	}
-	file_lowbit_v1_generation_proto_msgTypes[11].OneofWrappers = []any{}
 	file_lowbit_v1_generation_proto_msgTypes[13].OneofWrappers = []any{}
-	file_lowbit_v1_generation_proto_msgTypes[17].OneofWrappers = []any{
+	file_lowbit_v1_generation_proto_msgTypes[15].OneofWrappers = []any{}
+	file_lowbit_v1_generation_proto_msgTypes[19].OneofWrappers = []any{
 		(*GenerateResponse_Started)(nil),
 		(*GenerateResponse_Delta)(nil),
 		(*GenerateResponse_OutputFinished)(nil),
 		(*GenerateResponse_Completed)(nil),
 	}
-	file_lowbit_v1_generation_proto_msgTypes[18].OneofWrappers = []any{
+	file_lowbit_v1_generation_proto_msgTypes[20].OneofWrappers = []any{
 		(*TokenizeRequest_Text)(nil),
 		(*TokenizeRequest_Chat)(nil),
 	}
-	file_lowbit_v1_generation_proto_msgTypes[20].OneofWrappers = []any{}
-	file_lowbit_v1_generation_proto_msgTypes[22].OneofWrappers = []any{
+	file_lowbit_v1_generation_proto_msgTypes[22].OneofWrappers = []any{}
+	file_lowbit_v1_generation_proto_msgTypes[24].OneofWrappers = []any{
 		(*ScoreRequest_Text)(nil),
 		(*ScoreRequest_TokenIds)(nil),
 	}
@@ -2385,7 +2543,7 @@ func file_lowbit_v1_generation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_lowbit_v1_generation_proto_rawDesc), len(file_lowbit_v1_generation_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   25,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -39,7 +39,8 @@ type GenerationServiceClient interface {
 	Tokenize(ctx context.Context, in *TokenizeRequest, opts ...grpc.CallOption) (*TokenizeResponse, error)
 	// Turns token ids into text.
 	Detokenize(ctx context.Context, in *DetokenizeRequest, opts ...grpc.CallOption) (*DetokenizeResponse, error)
-	// Returns the log-probabilities of given continuations of a prompt.
+	// Returns the log-probabilities of given continuations of a prompt, which is read once.
+	// Cancelling the call frees the model's slot within one engine step.
 	Score(ctx context.Context, in *ScoreRequest, opts ...grpc.CallOption) (*ScoreResponse, error)
 }
 
@@ -114,7 +115,8 @@ type GenerationServiceServer interface {
 	Tokenize(context.Context, *TokenizeRequest) (*TokenizeResponse, error)
 	// Turns token ids into text.
 	Detokenize(context.Context, *DetokenizeRequest) (*DetokenizeResponse, error)
-	// Returns the log-probabilities of given continuations of a prompt.
+	// Returns the log-probabilities of given continuations of a prompt, which is read once.
+	// Cancelling the call frees the model's slot within one engine step.
 	Score(context.Context, *ScoreRequest) (*ScoreResponse, error)
 	mustEmbedUnimplementedGenerationServiceServer()
 }

@@ -9,6 +9,7 @@ from lowbit.messages import chat, duration, exactly_one, set_text, strings
 from lowbit.v1.generation_pb2 import (
     DetokenizeRequest,
     GenerateRequest,
+    LogitBias,
     OutputOptions,
     Sampling,
     ScoreRequest,
@@ -17,13 +18,14 @@ from lowbit.v1.generation_pb2 import (
     TokenIds,
     TokenizeRequest,
     TokenizeResponse,
+    TokenSequence,
 )
 from lowbit.v1.generation_pb2_grpc import GenerationServiceStub
 
 from .stream import GenerateStream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from lowbit.messages import Message
 
@@ -54,12 +56,18 @@ class Generation:
         repetition_penalty: float | None = None,
         presence_penalty: float | None = None,
         frequency_penalty: float | None = None,
+        typical_p: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        bad_words: Iterable[Iterable[int]] = (),
         seed: int | None = None,
+        n: int | None = None,
         stop: str | Iterable[str] = (),
         stop_token_ids: Iterable[int] = (),
         ignore_eos: bool | None = None,
         time_limit: float | None = None,
         token_ids_output: bool | None = None,
+        logprobs: int | None = None,
+        echo: bool | None = None,
         request_id: str = "",
         timeout: float | None = None,
     ) -> GenerateStream:
@@ -81,12 +89,18 @@ class Generation:
             repetition_penalty: above 1 makes tokens of prompt and output less likely.
             presence_penalty: taken once from the logit of each token of the output.
             frequency_penalty: taken from a token's logit for each time it was seen.
+            typical_p: keeps the most typical tokens whose probability reaches this.
+            logit_bias: what is added to the logits of tokens, by their ids.
+            bad_words: sequences of token ids, the last of which never follows the others.
             seed: makes sampling reproducible.
+            n: number of outputs; `Chunk.output_index` says which one a chunk belongs to.
             stop: ends the output when one of these strings appears; it is not emitted.
             stop_token_ids: ends the output when one of these is generated.
             ignore_eos: goes on past the model's own end tokens.
             time_limit: seconds after which the output ends well, with TIME_LIMIT.
             token_ids_output: fills `Chunk.token_ids`.
+            logprobs: fills `Chunk.logprobs`, and `Chunk.top_logprobs` with this many tokens.
+            echo: emits the prompt before the output.
             request_id: name of the request in the server's log.
             timeout: seconds after which the call fails with DeadlineExceededError.
 
@@ -108,7 +122,14 @@ class Generation:
                 repetition_penalty=repetition_penalty,
                 presence_penalty=presence_penalty,
                 frequency_penalty=frequency_penalty,
+                typical_p=typical_p,
+                logit_bias=[
+                    LogitBias(token_id=token, bias=bias)
+                    for token, bias in (logit_bias or {}).items()
+                ],
+                bad_words=[TokenSequence(ids=ids) for ids in bad_words],
                 seed=seed,
+                n=n,
             ),
             stopping=Stopping(
                 max_tokens=max_tokens,
@@ -118,7 +139,7 @@ class Generation:
                 ignore_eos=ignore_eos,
                 time_limit=duration(time_limit),
             ),
-            output=OutputOptions(token_ids=token_ids_output),
+            output=OutputOptions(token_ids=token_ids_output, logprobs=logprobs, echo=echo),
             request_id=request_id,
         )
         set_text(request, prompt)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from grpc import StatusCode
 
-from lowbit.chunk import Chunk
+from lowbit.chunk import Chunk, chunk
 from lowbit.errors import CancelledError, LowbitError, UnavailableError
 from lowbit.retry import backoff_s
 from lowbit.v1.job_pb2 import WatchJobRequest, WatchJobResponse
@@ -97,10 +98,10 @@ class GenerateStream(_Stream["GenerateResponse", Chunk]):
         super().__init__(receiver)
         self.started: Started | None = None
         """Model revision, device and prompt tokens; None until the first read."""
-        self.finished: OutputFinished | None = None
-        """Why the output ended and at which stop; None until then."""
+        self.all_finished: dict[int, OutputFinished] = {}
+        """Why each output ended, by its index, and at which stop; those that have."""
         self._completed: Completed | None = None
-        self._parts: list[str] = []
+        self._parts: defaultdict[int, list[str]] = defaultdict(list)
 
     def __next__(self) -> Chunk:
         """Return the next chunk.
@@ -116,12 +117,11 @@ class GenerateStream(_Stream["GenerateResponse", Chunk]):
                 break
             event = message.WhichOneof("event")
             if event == "delta":
-                delta = message.delta
-                self._parts.append(delta.text)
-                ids = tuple([token.id for token in delta.tokens]) if delta.tokens else ()
-                return Chunk(delta.text, ids, delta.output_index)
+                new = chunk(message.delta)
+                self._parts[new.output_index].append(new.text)
+                return new
             if event == "output_finished":
-                self.finished = message.output_finished
+                self.all_finished[message.output_finished.output_index] = message.output_finished
             elif event == "started":
                 self.started = message.started
             elif event == "completed":
@@ -131,6 +131,8 @@ class GenerateStream(_Stream["GenerateResponse", Chunk]):
     def text(self) -> str:
         """Read to the end; return the whole text, chunks that were read before included.
 
+        Of several outputs it is the first one's.
+
         Raises:
             LowbitError: when the generation failed; `partial_text` keeps what came.
 
@@ -139,14 +141,24 @@ class GenerateStream(_Stream["GenerateResponse", Chunk]):
             pass
         return self.partial_text
 
+    def texts(self) -> list[str]:
+        """Do what `text` does; return the texts of all outputs, by their index."""
+        self.text()
+        return ["".join(self._parts[index]) for index in sorted(self.all_finished)]
+
     @property
     def partial_text(self) -> str:
-        """Text that has been read so far."""
-        return "".join(self._parts)
+        """Text of the first output that has been read so far."""
+        return "".join(self._parts[0])
+
+    @property
+    def finished(self) -> OutputFinished | None:
+        """Why the first output ended and at which stop; None until then."""
+        return self.all_finished.get(0)
 
     @property
     def finish_reason(self) -> FinishReason.ValueType | None:
-        """Why the output ended; None until it has."""
+        """Why the first output ended; None until it has."""
         return self.finished.reason if self.finished else None
 
     @property

@@ -85,7 +85,8 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """Returns the log-probabilities of given continuations of a prompt.
+        """Returns the log-probabilities of given continuations of a prompt, which is read once.
+        Cancelling the call frees the model's slot within one engine step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

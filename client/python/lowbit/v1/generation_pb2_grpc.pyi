@@ -43,7 +43,9 @@ class GenerationServiceStub:
     Detokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]
     """Turns token ids into text."""
     Score: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]
-    """Returns the log-probabilities of given continuations of a prompt."""
+    """Returns the log-probabilities of given continuations of a prompt, which is read once.
+    Cancelling the call frees the model's slot within one engine step.
+    """
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
@@ -60,7 +62,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Detokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Turns token ids into text."""
     Score: _aio.UnaryUnaryMultiCallable[_generation_pb2.ScoreRequest, _generation_pb2.ScoreResponse]  # type: ignore[assignment]
-    """Returns the log-probabilities of given continuations of a prompt."""
+    """Returns the log-probabilities of given continuations of a prompt, which is read once.
+    Cancelling the call frees the model's slot within one engine step.
+    """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Turns prompts into tokens with a loaded model."""
@@ -98,6 +102,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.ScoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.ScoreResponse, _abc.Awaitable[_generation_pb2.ScoreResponse]]:
-        """Returns the log-probabilities of given continuations of a prompt."""
+        """Returns the log-probabilities of given continuations of a prompt, which is read once.
+        Cancelling the call frees the model's slot within one engine step.
+        """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

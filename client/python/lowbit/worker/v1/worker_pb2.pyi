@@ -154,6 +154,13 @@ class Submit(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TIME_LIMIT_MS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    TYPICAL_P_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    BAD_WORDS_FIELD_NUMBER: _builtins.int
+    CONTINUATIONS_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request: _builtins.int
     """Number that the front gave it; unique in the worker's life."""
     model: _builtins.str
@@ -180,6 +187,14 @@ class Submit(_message.Message):
     """End and stop tokens have no probability before this many tokens."""
     time_limit_ms: _builtins.int
     """Ends the output this long after submission, milliseconds; 0 is never."""
+    logprobs: _builtins.int
+    """Reports the log-probabilities of each token and of this many likeliest ones."""
+    typical_p: _builtins.float
+    """Mass of typical tokens; 1 is off."""
+    n: _builtins.int
+    """Number of outputs, each with a random stream of its own; at least 1."""
+    prompt_logprobs: _builtins.bool
+    """Reports log-probabilities of the prompt, as `logprobs` says, before the first token."""
     @_builtins.property
     def prompt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -191,6 +206,20 @@ class Submit(_message.Message):
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that end the output with reason STOP."""
+
+    @_builtins.property
+    def logit_bias(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.LogitBias]:
+        """What is added to the logits of single tokens."""
+
+    @_builtins.property
+    def bad_words(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenSequence]:
+        """Sequences whose last token is banned after the others."""
+
+    @_builtins.property
+    def continuations(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenIds]:
+        """When there are any, these are scored and nothing is generated; max_tokens is the length of
+        the longest.
+        """
 
     def __init__(
         self,
@@ -211,34 +240,49 @@ class Submit(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         time_limit_ms: _builtins.int = ...,
+        logprobs: _builtins.int | None = ...,
+        typical_p: _builtins.float = ...,
+        logit_bias: _abc.Iterable[_generation_pb2.LogitBias] | None = ...,
+        bad_words: _abc.Iterable[_generation_pb2.TokenSequence] | None = ...,
+        continuations: _abc.Iterable[_generation_pb2.TokenIds] | None = ...,
+        n: _builtins.int = ...,
+        prompt_logprobs: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eos_token_ids", b"eos_token_ids", "frequency_penalty", b"frequency_penalty", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "model", b"model", "presence_penalty", b"presence_penalty", "prompt", b"prompt", "repetition_penalty", b"repetition_penalty", "request", b"request", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "time_limit_ms", b"time_limit_ms", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "bad_words", b"bad_words", "continuations", b"continuations", "eos_token_ids", b"eos_token_ids", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "model", b"model", "n", b"n", "presence_penalty", b"presence_penalty", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "request", b"request", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "time_limit_ms", b"time_limit_ms", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
 
 @_typing.final
 class Cancel(_message.Message):
-    """Stops a request; it ends with reason CANCELLED within one step."""
+    """Stops a request; all its outputs end with reason CANCELLED within one step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     request: _builtins.int
     """Number of the request."""
+    index: _builtins.int
+    """Stops just this output."""
     def __init__(
         self,
         *,
         request: _builtins.int = ...,
+        index: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "index", b"index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "index", b"index", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__index: _TypeAlias = _typing.Literal["index"]  # noqa: Y015
+    _WhichOneofArgType__index: _TypeAlias = _typing.Literal["_index", b"_index"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__index) -> _WhichOneofReturnType__index | None: ...
 
 Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
@@ -335,7 +379,7 @@ Global___Ready: _TypeAlias = Ready  # noqa: Y015
 
 @_typing.final
 class Output(_message.Message):
-    """What one step made for one request."""
+    """What one step made for one output of a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -344,17 +388,35 @@ class Output(_message.Message):
     FINISH_FIELD_NUMBER: _builtins.int
     QUEUE_US_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    GREEDY_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request: _builtins.int
     """Number of the request."""
     finish: _generation_pb2.FinishReason.ValueType
-    """Set when the request ended with this step."""
+    """Set when the output ended with this step."""
     queue_us: _builtins.int
     """Time from submission until the request got a slot; set with its first token."""
     error: _builtins.str
     """Set when the engine failed for this request: what happened. The request has ended."""
+    index: _builtins.int
+    """Which of the request's outputs it is, or which continuation this scores. The score that
+    comes last has finish MAX_TOKENS.
+    """
+    greedy: _builtins.bool
+    """Whether each token of the continuation is the greedy choice."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens; empty when the request only ended."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.Token]:
+        """One entry per new token, when asked for; of a score, per token of the continuation."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.Token]:
+        """The next tokens of the prompt, from its second one on, without ids."""
 
     def __init__(
         self,
@@ -364,10 +426,14 @@ class Output(_message.Message):
         finish: _generation_pb2.FinishReason.ValueType = ...,
         queue_us: _builtins.int = ...,
         error: _builtins.str = ...,
+        logprobs: _abc.Iterable[_generation_pb2.Token] | None = ...,
+        index: _builtins.int = ...,
+        greedy: _builtins.bool = ...,
+        prompt_logprobs: _abc.Iterable[_generation_pb2.Token] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "finish", b"finish", "queue_us", b"queue_us", "request", b"request", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "finish", b"finish", "greedy", b"greedy", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "queue_us", b"queue_us", "request", b"request", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -383,12 +449,12 @@ class Step(_message.Message):
     RUNNING_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     running: _builtins.int
-    """Requests that hold a slot after this step, of all models of the worker."""
+    """Outputs that hold a slot after this step, of all models of the worker."""
     waiting: _builtins.int
-    """Requests that wait for a slot after this step, of all models of the worker."""
+    """Outputs that wait for a slot after this step, of all models of the worker."""
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]:
-        """One entry per request that got tokens or ended."""
+        """One entry per output that got tokens or ended."""
 
     def __init__(
         self,

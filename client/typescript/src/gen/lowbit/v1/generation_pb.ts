@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file lowbit/v1/generation.proto.
  */
 export const file_lowbit_v1_generation: GenFile = /*@__PURE__*/
-  fileDesc("Chpsb3diaXQvdjEvZ2VuZXJhdGlvbi5wcm90bxIJbG93Yml0LnYxIiUKCFRva2VuSWRzEhkKA2lkcxgBIAMoDUIMukgJkgEGCAEQgIBAIkkKC0NoYXRNZXNzYWdlEikKBHJvbGUYASABKA4yDy5sb3diaXQudjEuUm9sZUIKukgHggEEEAEgABIPCgdjb250ZW50GAIgASgJInsKBENoYXQSNQoIbWVzc2FnZXMYASADKAsyFi5sb3diaXQudjEuQ2hhdE1lc3NhZ2VCC7pICJIBBQgBEIAgEiIKFWFkZF9nZW5lcmF0aW9uX3Byb21wdBgCIAEoCEgAiAEBQhgKFl9hZGRfZ2VuZXJhdGlvbl9wcm9tcHQi4QMKCFNhbXBsaW5nEisKC3RlbXBlcmF0dXJlGAEgASgCQhG6SA4KDB0AAMhCLQAAAABAAUgAiAEBEiMKBXRvcF9wGAIgASgCQg+6SAwKCh0AAIA/JQAAAABIAYgBARIdCgV0b3BfaxgDIAEoDUIJukgGKgQYwIQ9SAKIAQESIwoFbWluX3AYBCABKAJCD7pIDAoKHQAAgD8tAAAAAEgDiAEBEjAKEnJlcGV0aXRpb25fcGVuYWx0eRgFIAEoAkIPukgMCgodAADIQiUAAAAASASIAQESLgoQcHJlc2VuY2VfcGVuYWx0eRgGIAEoAkIPukgMCgodAADIQi0AAMjCSAWIAQESLwoRZnJlcXVlbmN5X3BlbmFsdHkYByABKAJCD7pIDAoKHQAAyEItAADIwkgGiAEBEhEKBHNlZWQYCCABKARIB4gBARIaCgFuGAkgASgNQgq6SAcqBRiAASgBSAiIAQFCDgoMX3RlbXBlcmF0dXJlQggKBl90b3BfcEIICgZfdG9wX2tCCAoGX21pbl9wQhUKE19yZXBldGl0aW9uX3BlbmFsdHlCEwoRX3ByZXNlbmNlX3BlbmFsdHlCFAoSX2ZyZXF1ZW5jeV9wZW5hbHR5QgcKBV9zZWVkQgQKAl9uIpUCCghTdG9wcGluZxIkCgptYXhfdG9rZW5zGAEgASgNQgu6SAgqBhiAgEAoAUgAiAEBEiIKCm1pbl90b2tlbnMYAiABKA1CCbpIBioEGICAQEgBiAEBEiIKB3N0cmluZ3MYAyADKAlCEbpIDpIBCxBAIgdyBRABGIAIEhwKCXRva2VuX2lkcxgEIAMoDUIJukgGkgEDEIAIEhcKCmlnbm9yZV9lb3MYBSABKAhIAogBARI3Cgp0aW1lX2xpbWl0GAYgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uQgi6SAWqAQIqAEINCgtfbWF4X3Rva2Vuc0INCgtfbWluX3Rva2Vuc0INCgtfaWdub3JlX2VvcyImCgZDaG9pY2USHAoHb3B0aW9ucxgBIAMoCUILukgIkgEFCAEQgCAimwEKEE91dHB1dENvbnN0cmFpbnQSIAoLanNvbl9zY2hlbWEYASABKAlCCbpIBnIEGICAQEgAEhoKBXJlZ2V4GAIgASgJQgm6SAZyBBiAgARIABIcCgdncmFtbWFyGAMgASgJQgm6SAZyBBiAgEBIABIjCgZjaG9pY2UYBCABKAsyES5sb3diaXQudjEuQ2hvaWNlSABCBgoEa2luZCJ+Cg1PdXRwdXRPcHRpb25zEh4KCGxvZ3Byb2JzGAEgASgNQge6SAQqAhhkSACIAQESEQoEZWNobxgCIAEoCEgBiAEBEhYKCXRva2VuX2lkcxgDIAEoCEgCiAEBQgsKCV9sb2dwcm9ic0IHCgVfZWNob0IMCgpfdG9rZW5faWRzIvICCg9HZW5lcmF0ZVJlcXVlc3QSGQoFbW9kZWwYASABKAlCCrpIB3IFEAEYgAESDgoEdGV4dBgCIAEoCUgAEigKCXRva2VuX2lkcxgDIAEoCzITLmxvd2JpdC52MS5Ub2tlbklkc0gAEh8KBGNoYXQYBCABKAsyDy5sb3diaXQudjEuQ2hhdEgAEiUKCHNhbXBsaW5nGAUgASgLMhMubG93Yml0LnYxLlNhbXBsaW5nEiUKCHN0b3BwaW5nGAYgASgLMhMubG93Yml0LnYxLlN0b3BwaW5nEi8KCmNvbnN0cmFpbnQYByABKAsyGy5sb3diaXQudjEuT3V0cHV0Q29uc3RyYWludBIoCgZvdXRwdXQYCCABKAsyGC5sb3diaXQudjEuT3V0cHV0T3B0aW9ucxIwCgpyZXF1ZXN0X2lkGAkgASgJQhy6SBlyFxiAATISXltBLVphLXowLTkuXzotXSokQg4KBWlucHV0EgW6SAIIASKCAQoHU3RhcnRlZBISCgpyZXF1ZXN0X2lkGAEgASgJEg0KBW1vZGVsGAIgASgJEhYKDm1vZGVsX3JldmlzaW9uGAMgASgJEg4KBmRldmljZRgEIAEoCRIVCg1wcm9tcHRfdG9rZW5zGAUgASgNEhUKDWNhY2hlZF90b2tlbnMYBiABKA0iLwoKVG9wTG9ncHJvYhIQCgh0b2tlbl9pZBgBIAEoDRIPCgdsb2dwcm9iGAIgASgCIlkKBVRva2VuEgoKAmlkGAEgASgNEhQKB2xvZ3Byb2IYAiABKAJIAIgBARIiCgN0b3AYAyADKAsyFS5sb3diaXQudjEuVG9wTG9ncHJvYkIKCghfbG9ncHJvYiJNCgVEZWx0YRIUCgxvdXRwdXRfaW5kZXgYASABKA0SDAoEdGV4dBgCIAEoCRIgCgZ0b2tlbnMYAyADKAsyEC5sb3diaXQudjEuVG9rZW4ikgEKDk91dHB1dEZpbmlzaGVkEhQKDG91dHB1dF9pbmRleBgBIAEoDRInCgZyZWFzb24YAiABKA4yFy5sb3diaXQudjEuRmluaXNoUmVhc29uEhMKC3N0b3Bfc3RyaW5nGAMgASgJEhoKDXN0b3BfdG9rZW5faWQYBCABKA1IAIgBAUIQCg5fc3RvcF90b2tlbl9pZCJMCgVVc2FnZRIVCg1wcm9tcHRfdG9rZW5zGAEgASgNEhUKDWNhY2hlZF90b2tlbnMYAiABKA0SFQoNb3V0cHV0X3Rva2VucxgDIAEoDSKWAQoHVGltaW5ncxIoCgVxdWV1ZRgBIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhI2ChN0aW1lX3RvX2ZpcnN0X3Rva2VuGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEikKBmRlY29kZRgDIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiJRCglDb21wbGV0ZWQSHwoFdXNhZ2UYASABKAsyEC5sb3diaXQudjEuVXNhZ2USIwoHdGltaW5ncxgCIAEoCzISLmxvd2JpdC52MS5UaW1pbmdzItgBChBHZW5lcmF0ZVJlc3BvbnNlEhAKCHNlcXVlbmNlGAEgASgEEiUKB3N0YXJ0ZWQYAiABKAsyEi5sb3diaXQudjEuU3RhcnRlZEgAEiEKBWRlbHRhGAMgASgLMhAubG93Yml0LnYxLkRlbHRhSAASNAoPb3V0cHV0X2ZpbmlzaGVkGAQgASgLMhkubG93Yml0LnYxLk91dHB1dEZpbmlzaGVkSAASKQoJY29tcGxldGVkGAUgASgLMhQubG93Yml0LnYxLkNvbXBsZXRlZEgAQgcKBWV2ZW50IqUBCg9Ub2tlbml6ZVJlcXVlc3QSGQoFbW9kZWwYASABKAlCCrpIB3IFEAEYgAESDgoEdGV4dBgCIAEoCUgAEh8KBGNoYXQYAyABKAsyDy5sb3diaXQudjEuQ2hhdEgAEh8KEmFkZF9zcGVjaWFsX3Rva2VucxgEIAEoCEgBiAEBQg4KBWlucHV0EgW6SAIIAUIVChNfYWRkX3NwZWNpYWxfdG9rZW5zIjMKEFRva2VuaXplUmVzcG9uc2USEQoJdG9rZW5faWRzGAEgAygNEgwKBHRleHQYAiABKAkihwEKEURldG9rZW5pemVSZXF1ZXN0EhkKBW1vZGVsGAEgASgJQgq6SAdyBRABGIABEh0KCXRva2VuX2lkcxgCIAMoDUIKukgHkgEEEICAQBIgChNza2lwX3NwZWNpYWxfdG9rZW5zGAMgASgISACIAQFCFgoUX3NraXBfc3BlY2lhbF90b2tlbnMiIgoSRGV0b2tlbml6ZVJlc3BvbnNlEgwKBHRleHQYASABKAkirQEKDFNjb3JlUmVxdWVzdBIZCgVtb2RlbBgBIAEoCUIKukgHcgUQARiAARIOCgR0ZXh0GAIgASgJSAASKAoJdG9rZW5faWRzGAMgASgLMhMubG93Yml0LnYxLlRva2VuSWRzSAASNwoNY29udGludWF0aW9ucxgEIAMoCzITLmxvd2JpdC52MS5Ub2tlbklkc0ILukgIkgEFCAEQgAhCDwoGcHJvbXB0EgW6SAIIASJPChFDb250aW51YXRpb25TY29yZRIWCg50b2tlbl9sb2dwcm9icxgBIAMoAhIPCgdsb2dwcm9iGAIgASgBEhEKCWlzX2dyZWVkeRgDIAEoCCJeCg1TY29yZVJlc3BvbnNlEiwKBnNjb3JlcxgBIAMoCzIcLmxvd2JpdC52MS5Db250aW51YXRpb25TY29yZRIfCgV1c2FnZRgCIAEoCzIQLmxvd2JpdC52MS5Vc2FnZSpfCgRSb2xlEhQKEFJPTEVfVU5TUEVDSUZJRUQQABIPCgtST0xFX1NZU1RFTRABEg0KCVJPTEVfVVNFUhACEhIKDlJPTEVfQVNTSVNUQU5UEAMSDQoJUk9MRV9UT09MEAQq1gEKDEZpbmlzaFJlYXNvbhIdChlGSU5JU0hfUkVBU09OX1VOU1BFQ0lGSUVEEAASFQoRRklOSVNIX1JFQVNPTl9FT1MQARIWChJGSU5JU0hfUkVBU09OX1NUT1AQAhIcChhGSU5JU0hfUkVBU09OX01BWF9UT0tFTlMQAxIfChtGSU5JU0hfUkVBU09OX0NPTlRFWFRfTElNSVQQBBIcChhGSU5JU0hfUkVBU09OX1RJTUVfTElNSVQQBRIbChdGSU5JU0hfUkVBU09OX0NBTkNFTExFRBAGMqYCChFHZW5lcmF0aW9uU2VydmljZRJFCghHZW5lcmF0ZRIaLmxvd2JpdC52MS5HZW5lcmF0ZVJlcXVlc3QaGy5sb3diaXQudjEuR2VuZXJhdGVSZXNwb25zZTABEkMKCFRva2VuaXplEhoubG93Yml0LnYxLlRva2VuaXplUmVxdWVzdBobLmxvd2JpdC52MS5Ub2tlbml6ZVJlc3BvbnNlEkkKCkRldG9rZW5pemUSHC5sb3diaXQudjEuRGV0b2tlbml6ZVJlcXVlc3QaHS5sb3diaXQudjEuRGV0b2tlbml6ZVJlc3BvbnNlEjoKBVNjb3JlEhcubG93Yml0LnYxLlNjb3JlUmVxdWVzdBoYLmxvd2JpdC52MS5TY29yZVJlc3BvbnNlYgZwcm90bzM", [file_google_protobuf_duration]);
+  fileDesc("Chpsb3diaXQvdjEvZ2VuZXJhdGlvbi5wcm90bxIJbG93Yml0LnYxIiUKCFRva2VuSWRzEhkKA2lkcxgBIAMoDUIMukgJkgEGCAEQgIBAIkkKC0NoYXRNZXNzYWdlEikKBHJvbGUYASABKA4yDy5sb3diaXQudjEuUm9sZUIKukgHggEEEAEgABIPCgdjb250ZW50GAIgASgJInsKBENoYXQSNQoIbWVzc2FnZXMYASADKAsyFi5sb3diaXQudjEuQ2hhdE1lc3NhZ2VCC7pICJIBBQgBEIAgEiIKFWFkZF9nZW5lcmF0aW9uX3Byb21wdBgCIAEoCEgAiAEBQhgKFl9hZGRfZ2VuZXJhdGlvbl9wcm9tcHQiPAoJTG9naXRCaWFzEhAKCHRva2VuX2lkGAEgASgNEh0KBGJpYXMYAiABKAJCD7pIDAoKHQAAekQtAAB6xCIoCg1Ub2tlblNlcXVlbmNlEhcKA2lkcxgBIAMoDUIKukgHkgEECAEQQCKFBQoIU2FtcGxpbmcSKwoLdGVtcGVyYXR1cmUYASABKAJCEbpIDgoMHQAAyEItAAAAAEABSACIAQESIwoFdG9wX3AYAiABKAJCD7pIDAoKHQAAgD8lAAAAAEgBiAEBEh0KBXRvcF9rGAMgASgNQgm6SAYqBBjAhD1IAogBARIjCgVtaW5fcBgEIAEoAkIPukgMCgodAACAPy0AAAAASAOIAQESMAoScmVwZXRpdGlvbl9wZW5hbHR5GAUgASgCQg+6SAwKCh0AAMhCJQAAAABIBIgBARIuChBwcmVzZW5jZV9wZW5hbHR5GAYgASgCQg+6SAwKCh0AAMhCLQAAyMJIBYgBARIvChFmcmVxdWVuY3lfcGVuYWx0eRgHIAEoAkIPukgMCgodAADIQi0AAMjCSAaIAQESEQoEc2VlZBgIIAEoBEgHiAEBEhoKAW4YCSABKA1CCrpIByoFGIABKAFICIgBARInCgl0eXBpY2FsX3AYCiABKAJCD7pIDAoKHQAAgD8lAAAAAEgJiAEBEjMKCmxvZ2l0X2JpYXMYCyADKAsyFC5sb3diaXQudjEuTG9naXRCaWFzQgm6SAaSAQMQgAgSNgoJYmFkX3dvcmRzGAwgAygLMhgubG93Yml0LnYxLlRva2VuU2VxdWVuY2VCCbpIBpIBAxCACEIOCgxfdGVtcGVyYXR1cmVCCAoGX3RvcF9wQggKBl90b3Bfa0IICgZfbWluX3BCFQoTX3JlcGV0aXRpb25fcGVuYWx0eUITChFfcHJlc2VuY2VfcGVuYWx0eUIUChJfZnJlcXVlbmN5X3BlbmFsdHlCBwoFX3NlZWRCBAoCX25CDAoKX3R5cGljYWxfcCKVAgoIU3RvcHBpbmcSJAoKbWF4X3Rva2VucxgBIAEoDUILukgIKgYYgIBAKAFIAIgBARIiCgptaW5fdG9rZW5zGAIgASgNQgm6SAYqBBiAgEBIAYgBARIiCgdzdHJpbmdzGAMgAygJQhG6SA6SAQsQQCIHcgUQARiACBIcCgl0b2tlbl9pZHMYBCADKA1CCbpIBpIBAxCACBIXCgppZ25vcmVfZW9zGAUgASgISAKIAQESNwoKdGltZV9saW1pdBgGIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkIIukgFqgECKgBCDQoLX21heF90b2tlbnNCDQoLX21pbl90b2tlbnNCDQoLX2lnbm9yZV9lb3MiJgoGQ2hvaWNlEhwKB29wdGlvbnMYASADKAlCC7pICJIBBQgBEIAgIpsBChBPdXRwdXRDb25zdHJhaW50EiAKC2pzb25fc2NoZW1hGAEgASgJQgm6SAZyBBiAgEBIABIaCgVyZWdleBgCIAEoCUIJukgGcgQYgIAESAASHAoHZ3JhbW1hchgDIAEoCUIJukgGcgQYgIBASAASIwoGY2hvaWNlGAQgASgLMhEubG93Yml0LnYxLkNob2ljZUgAQgYKBGtpbmQifgoNT3V0cHV0T3B0aW9ucxIeCghsb2dwcm9icxgBIAEoDUIHukgEKgIYZEgAiAEBEhEKBGVjaG8YAiABKAhIAYgBARIWCgl0b2tlbl9pZHMYAyABKAhIAogBAUILCglfbG9ncHJvYnNCBwoFX2VjaG9CDAoKX3Rva2VuX2lkcyLyAgoPR2VuZXJhdGVSZXF1ZXN0EhkKBW1vZGVsGAEgASgJQgq6SAdyBRABGIABEg4KBHRleHQYAiABKAlIABIoCgl0b2tlbl9pZHMYAyABKAsyEy5sb3diaXQudjEuVG9rZW5JZHNIABIfCgRjaGF0GAQgASgLMg8ubG93Yml0LnYxLkNoYXRIABIlCghzYW1wbGluZxgFIAEoCzITLmxvd2JpdC52MS5TYW1wbGluZxIlCghzdG9wcGluZxgGIAEoCzITLmxvd2JpdC52MS5TdG9wcGluZxIvCgpjb25zdHJhaW50GAcgASgLMhsubG93Yml0LnYxLk91dHB1dENvbnN0cmFpbnQSKAoGb3V0cHV0GAggASgLMhgubG93Yml0LnYxLk91dHB1dE9wdGlvbnMSMAoKcmVxdWVzdF9pZBgJIAEoCUIcukgZchcYgAEyEl5bQS1aYS16MC05Ll86LV0qJEIOCgVpbnB1dBIFukgCCAEiggEKB1N0YXJ0ZWQSEgoKcmVxdWVzdF9pZBgBIAEoCRINCgVtb2RlbBgCIAEoCRIWCg5tb2RlbF9yZXZpc2lvbhgDIAEoCRIOCgZkZXZpY2UYBCABKAkSFQoNcHJvbXB0X3Rva2VucxgFIAEoDRIVCg1jYWNoZWRfdG9rZW5zGAYgASgNIi8KClRvcExvZ3Byb2ISEAoIdG9rZW5faWQYASABKA0SDwoHbG9ncHJvYhgCIAEoAiJZCgVUb2tlbhIKCgJpZBgBIAEoDRIUCgdsb2dwcm9iGAIgASgCSACIAQESIgoDdG9wGAMgAygLMhUubG93Yml0LnYxLlRvcExvZ3Byb2JCCgoIX2xvZ3Byb2IiTQoFRGVsdGESFAoMb3V0cHV0X2luZGV4GAEgASgNEgwKBHRleHQYAiABKAkSIAoGdG9rZW5zGAMgAygLMhAubG93Yml0LnYxLlRva2VuIpIBCg5PdXRwdXRGaW5pc2hlZBIUCgxvdXRwdXRfaW5kZXgYASABKA0SJwoGcmVhc29uGAIgASgOMhcubG93Yml0LnYxLkZpbmlzaFJlYXNvbhITCgtzdG9wX3N0cmluZxgDIAEoCRIaCg1zdG9wX3Rva2VuX2lkGAQgASgNSACIAQFCEAoOX3N0b3BfdG9rZW5faWQiTAoFVXNhZ2USFQoNcHJvbXB0X3Rva2VucxgBIAEoDRIVCg1jYWNoZWRfdG9rZW5zGAIgASgNEhUKDW91dHB1dF90b2tlbnMYAyABKA0ilgEKB1RpbWluZ3MSKAoFcXVldWUYASABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SNgoTdGltZV90b19maXJzdF90b2tlbhgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIpCgZkZWNvZGUYAyABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24iUQoJQ29tcGxldGVkEh8KBXVzYWdlGAEgASgLMhAubG93Yml0LnYxLlVzYWdlEiMKB3RpbWluZ3MYAiABKAsyEi5sb3diaXQudjEuVGltaW5ncyLYAQoQR2VuZXJhdGVSZXNwb25zZRIQCghzZXF1ZW5jZRgBIAEoBBIlCgdzdGFydGVkGAIgASgLMhIubG93Yml0LnYxLlN0YXJ0ZWRIABIhCgVkZWx0YRgDIAEoCzIQLmxvd2JpdC52MS5EZWx0YUgAEjQKD291dHB1dF9maW5pc2hlZBgEIAEoCzIZLmxvd2JpdC52MS5PdXRwdXRGaW5pc2hlZEgAEikKCWNvbXBsZXRlZBgFIAEoCzIULmxvd2JpdC52MS5Db21wbGV0ZWRIAEIHCgVldmVudCKlAQoPVG9rZW5pemVSZXF1ZXN0EhkKBW1vZGVsGAEgASgJQgq6SAdyBRABGIABEg4KBHRleHQYAiABKAlIABIfCgRjaGF0GAMgASgLMg8ubG93Yml0LnYxLkNoYXRIABIfChJhZGRfc3BlY2lhbF90b2tlbnMYBCABKAhIAYgBAUIOCgVpbnB1dBIFukgCCAFCFQoTX2FkZF9zcGVjaWFsX3Rva2VucyIzChBUb2tlbml6ZVJlc3BvbnNlEhEKCXRva2VuX2lkcxgBIAMoDRIMCgR0ZXh0GAIgASgJIocBChFEZXRva2VuaXplUmVxdWVzdBIZCgVtb2RlbBgBIAEoCUIKukgHcgUQARiAARIdCgl0b2tlbl9pZHMYAiADKA1CCrpIB5IBBBCAgEASIAoTc2tpcF9zcGVjaWFsX3Rva2VucxgDIAEoCEgAiAEBQhYKFF9za2lwX3NwZWNpYWxfdG9rZW5zIiIKEkRldG9rZW5pemVSZXNwb25zZRIMCgR0ZXh0GAEgASgJIq0BCgxTY29yZVJlcXVlc3QSGQoFbW9kZWwYASABKAlCCrpIB3IFEAEYgAESDgoEdGV4dBgCIAEoCUgAEigKCXRva2VuX2lkcxgDIAEoCzITLmxvd2JpdC52MS5Ub2tlbklkc0gAEjcKDWNvbnRpbnVhdGlvbnMYBCADKAsyEy5sb3diaXQudjEuVG9rZW5JZHNCC7pICJIBBQgBEIAIQg8KBnByb21wdBIFukgCCAEiTwoRQ29udGludWF0aW9uU2NvcmUSFgoOdG9rZW5fbG9ncHJvYnMYASADKAISDwoHbG9ncHJvYhgCIAEoARIRCglpc19ncmVlZHkYAyABKAgiXgoNU2NvcmVSZXNwb25zZRIsCgZzY29yZXMYASADKAsyHC5sb3diaXQudjEuQ29udGludWF0aW9uU2NvcmUSHwoFdXNhZ2UYAiABKAsyEC5sb3diaXQudjEuVXNhZ2UqXwoEUm9sZRIUChBST0xFX1VOU1BFQ0lGSUVEEAASDwoLUk9MRV9TWVNURU0QARINCglST0xFX1VTRVIQAhISCg5ST0xFX0FTU0lTVEFOVBADEg0KCVJPTEVfVE9PTBAEKtYBCgxGaW5pc2hSZWFzb24SHQoZRklOSVNIX1JFQVNPTl9VTlNQRUNJRklFRBAAEhUKEUZJTklTSF9SRUFTT05fRU9TEAESFgoSRklOSVNIX1JFQVNPTl9TVE9QEAISHAoYRklOSVNIX1JFQVNPTl9NQVhfVE9LRU5TEAMSHwobRklOSVNIX1JFQVNPTl9DT05URVhUX0xJTUlUEAQSHAoYRklOSVNIX1JFQVNPTl9USU1FX0xJTUlUEAUSGwoXRklOSVNIX1JFQVNPTl9DQU5DRUxMRUQQBjKmAgoRR2VuZXJhdGlvblNlcnZpY2USRQoIR2VuZXJhdGUSGi5sb3diaXQudjEuR2VuZXJhdGVSZXF1ZXN0GhsubG93Yml0LnYxLkdlbmVyYXRlUmVzcG9uc2UwARJDCghUb2tlbml6ZRIaLmxvd2JpdC52MS5Ub2tlbml6ZVJlcXVlc3QaGy5sb3diaXQudjEuVG9rZW5pemVSZXNwb25zZRJJCgpEZXRva2VuaXplEhwubG93Yml0LnYxLkRldG9rZW5pemVSZXF1ZXN0Gh0ubG93Yml0LnYxLkRldG9rZW5pemVSZXNwb25zZRI6CgVTY29yZRIXLmxvd2JpdC52MS5TY29yZVJlcXVlc3QaGC5sb3diaXQudjEuU2NvcmVSZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration]);
 
 /**
  * A list of token ids.
@@ -92,7 +92,57 @@ export const ChatSchema: GenMessage<Chat> = /*@__PURE__*/
   messageDesc(file_lowbit_v1_generation, 2);
 
 /**
- * How the next token is chosen from the model's distribution.
+ * Makes one token more or less likely.
+ *
+ * @generated from message lowbit.v1.LogitBias
+ */
+export type LogitBias = Message<"lowbit.v1.LogitBias"> & {
+  /**
+   * Token id of the model's vocabulary.
+   *
+   * @generated from field: uint32 token_id = 1;
+   */
+  tokenId: number;
+
+  /**
+   * Added to its logit, before the penalties. Entries of the same token add up.
+   *
+   * @generated from field: float bias = 2;
+   */
+  bias: number;
+};
+
+/**
+ * Describes the message lowbit.v1.LogitBias.
+ * Use `create(LogitBiasSchema)` to create a new message.
+ */
+export const LogitBiasSchema: GenMessage<LogitBias> = /*@__PURE__*/
+  messageDesc(file_lowbit_v1_generation, 3);
+
+/**
+ * A short sequence of token ids.
+ *
+ * @generated from message lowbit.v1.TokenSequence
+ */
+export type TokenSequence = Message<"lowbit.v1.TokenSequence"> & {
+  /**
+   * Token ids of the model's vocabulary, in order.
+   *
+   * @generated from field: repeated uint32 ids = 1;
+   */
+  ids: number[];
+};
+
+/**
+ * Describes the message lowbit.v1.TokenSequence.
+ * Use `create(TokenSequenceSchema)` to create a new message.
+ */
+export const TokenSequenceSchema: GenMessage<TokenSequence> = /*@__PURE__*/
+  messageDesc(file_lowbit_v1_generation, 4);
+
+/**
+ * How the next token is chosen from the model's distribution: bias, penalties and bad words
+ * change the logits; then temperature, top_k, top_p, min_p and typical_p apply, in this order.
  *
  * @generated from message lowbit.v1.Sampling
  */
@@ -154,11 +204,36 @@ export type Sampling = Message<"lowbit.v1.Sampling"> & {
   seed?: bigint | undefined;
 
   /**
-   * Number of outputs for the one prompt. Default 1.
+   * Number of outputs for the one prompt, which is read once. Each has a random stream of its
+   * own, made from seed and index; the first is what n = 1 gives. They share the KV memory: the
+   * more there are, the shorter the context of each may be. Default 1.
    *
    * @generated from field: optional uint32 n = 9;
    */
   n?: number | undefined;
+
+  /**
+   * Keeps the smallest set of tokens with this probability whose information content is nearest
+   * to the distribution's entropy (Meister et al. 2022). Default 1 (off).
+   *
+   * @generated from field: optional float typical_p = 10;
+   */
+  typicalP?: number | undefined;
+
+  /**
+   * What is added to the logits of single tokens.
+   *
+   * @generated from field: repeated lowbit.v1.LogitBias logit_bias = 11;
+   */
+  logitBias: LogitBias[];
+
+  /**
+   * A sequence's last token is never generated where the tokens before it, of prompt and output
+   * together, are the others of the sequence.
+   *
+   * @generated from field: repeated lowbit.v1.TokenSequence bad_words = 12;
+   */
+  badWords: TokenSequence[];
 };
 
 /**
@@ -166,7 +241,7 @@ export type Sampling = Message<"lowbit.v1.Sampling"> & {
  * Use `create(SamplingSchema)` to create a new message.
  */
 export const SamplingSchema: GenMessage<Sampling> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 3);
+  messageDesc(file_lowbit_v1_generation, 5);
 
 /**
  * When an output ends.
@@ -222,7 +297,7 @@ export type Stopping = Message<"lowbit.v1.Stopping"> & {
  * Use `create(StoppingSchema)` to create a new message.
  */
 export const StoppingSchema: GenMessage<Stopping> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 4);
+  messageDesc(file_lowbit_v1_generation, 6);
 
 /**
  * A choice of literal outputs.
@@ -243,7 +318,7 @@ export type Choice = Message<"lowbit.v1.Choice"> & {
  * Use `create(ChoiceSchema)` to create a new message.
  */
 export const ChoiceSchema: GenMessage<Choice> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 5);
+  messageDesc(file_lowbit_v1_generation, 7);
 
 /**
  * Restricts what may be generated.
@@ -296,7 +371,7 @@ export type OutputConstraint = Message<"lowbit.v1.OutputConstraint"> & {
  * Use `create(OutputConstraintSchema)` to create a new message.
  */
 export const OutputConstraintSchema: GenMessage<OutputConstraint> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 6);
+  messageDesc(file_lowbit_v1_generation, 8);
 
 /**
  * What the stream reports beside text.
@@ -305,14 +380,16 @@ export const OutputConstraintSchema: GenMessage<OutputConstraint> = /*@__PURE__*
  */
 export type OutputOptions = Message<"lowbit.v1.OutputOptions"> & {
   /**
-   * Log-probabilities of the chosen token and of this many likeliest ones.
+   * Log-probabilities of the chosen token and of this many likeliest ones, at every position:
+   * log-softmax of the model's own logits, before bias, penalties, temperature and truncation.
    *
    * @generated from field: optional uint32 logprobs = 1;
    */
   logprobs?: number | undefined;
 
   /**
-   * Emits the prompt before the output.
+   * Emits the prompt before each output: its text, special tokens left out, and, with logprobs
+   * or token_ids, its tokens. The first token has no log-probability.
    *
    * @generated from field: optional bool echo = 2;
    */
@@ -331,7 +408,7 @@ export type OutputOptions = Message<"lowbit.v1.OutputOptions"> & {
  * Use `create(OutputOptionsSchema)` to create a new message.
  */
 export const OutputOptionsSchema: GenMessage<OutputOptions> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 7);
+  messageDesc(file_lowbit_v1_generation, 9);
 
 /**
  * Asks a model for one or more outputs.
@@ -418,7 +495,7 @@ export type GenerateRequest = Message<"lowbit.v1.GenerateRequest"> & {
  * Use `create(GenerateRequestSchema)` to create a new message.
  */
 export const GenerateRequestSchema: GenMessage<GenerateRequest> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 8);
+  messageDesc(file_lowbit_v1_generation, 10);
 
 /**
  * The request was admitted and a worker has read its prompt; sent just before the first
@@ -475,7 +552,7 @@ export type Started = Message<"lowbit.v1.Started"> & {
  * Use `create(StartedSchema)` to create a new message.
  */
 export const StartedSchema: GenMessage<Started> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 9);
+  messageDesc(file_lowbit_v1_generation, 11);
 
 /**
  * One alternative at a position.
@@ -503,7 +580,7 @@ export type TopLogprob = Message<"lowbit.v1.TopLogprob"> & {
  * Use `create(TopLogprobSchema)` to create a new message.
  */
 export const TopLogprobSchema: GenMessage<TopLogprob> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 10);
+  messageDesc(file_lowbit_v1_generation, 12);
 
 /**
  * One generated token.
@@ -538,7 +615,7 @@ export type Token = Message<"lowbit.v1.Token"> & {
  * Use `create(TokenSchema)` to create a new message.
  */
 export const TokenSchema: GenMessage<Token> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 11);
+  messageDesc(file_lowbit_v1_generation, 13);
 
 /**
  * New text of one output; never cumulative.
@@ -573,7 +650,7 @@ export type Delta = Message<"lowbit.v1.Delta"> & {
  * Use `create(DeltaSchema)` to create a new message.
  */
 export const DeltaSchema: GenMessage<Delta> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 12);
+  messageDesc(file_lowbit_v1_generation, 14);
 
 /**
  * One output has ended.
@@ -615,7 +692,7 @@ export type OutputFinished = Message<"lowbit.v1.OutputFinished"> & {
  * Use `create(OutputFinishedSchema)` to create a new message.
  */
 export const OutputFinishedSchema: GenMessage<OutputFinished> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 13);
+  messageDesc(file_lowbit_v1_generation, 15);
 
 /**
  * Tokens used by a request.
@@ -638,7 +715,8 @@ export type Usage = Message<"lowbit.v1.Usage"> & {
   cachedTokens: number;
 
   /**
-   * Tokens generated, over all outputs, including end and stop tokens.
+   * Tokens generated, over all outputs, including end and stop tokens; of a score, the tokens
+   * of the continuations.
    *
    * @generated from field: uint32 output_tokens = 3;
    */
@@ -650,7 +728,7 @@ export type Usage = Message<"lowbit.v1.Usage"> & {
  * Use `create(UsageSchema)` to create a new message.
  */
 export const UsageSchema: GenMessage<Usage> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 14);
+  messageDesc(file_lowbit_v1_generation, 16);
 
 /**
  * Where a request's time went.
@@ -685,7 +763,7 @@ export type Timings = Message<"lowbit.v1.Timings"> & {
  * Use `create(TimingsSchema)` to create a new message.
  */
 export const TimingsSchema: GenMessage<Timings> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 15);
+  messageDesc(file_lowbit_v1_generation, 17);
 
 /**
  * The last message of a successful stream.
@@ -713,7 +791,7 @@ export type Completed = Message<"lowbit.v1.Completed"> & {
  * Use `create(CompletedSchema)` to create a new message.
  */
 export const CompletedSchema: GenMessage<Completed> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 16);
+  messageDesc(file_lowbit_v1_generation, 18);
 
 /**
  * One event of a generation.
@@ -773,7 +851,7 @@ export type GenerateResponse = Message<"lowbit.v1.GenerateResponse"> & {
  * Use `create(GenerateResponseSchema)` to create a new message.
  */
 export const GenerateResponseSchema: GenMessage<GenerateResponse> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 17);
+  messageDesc(file_lowbit_v1_generation, 19);
 
 /**
  * Asks for the token ids of a prompt.
@@ -824,7 +902,7 @@ export type TokenizeRequest = Message<"lowbit.v1.TokenizeRequest"> & {
  * Use `create(TokenizeRequestSchema)` to create a new message.
  */
 export const TokenizeRequestSchema: GenMessage<TokenizeRequest> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 18);
+  messageDesc(file_lowbit_v1_generation, 20);
 
 /**
  * The token ids of a prompt.
@@ -852,7 +930,7 @@ export type TokenizeResponse = Message<"lowbit.v1.TokenizeResponse"> & {
  * Use `create(TokenizeResponseSchema)` to create a new message.
  */
 export const TokenizeResponseSchema: GenMessage<TokenizeResponse> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 19);
+  messageDesc(file_lowbit_v1_generation, 21);
 
 /**
  * Asks for the text of token ids.
@@ -887,7 +965,7 @@ export type DetokenizeRequest = Message<"lowbit.v1.DetokenizeRequest"> & {
  * Use `create(DetokenizeRequestSchema)` to create a new message.
  */
 export const DetokenizeRequestSchema: GenMessage<DetokenizeRequest> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 20);
+  messageDesc(file_lowbit_v1_generation, 22);
 
 /**
  * The text of token ids.
@@ -908,7 +986,7 @@ export type DetokenizeResponse = Message<"lowbit.v1.DetokenizeResponse"> & {
  * Use `create(DetokenizeResponseSchema)` to create a new message.
  */
 export const DetokenizeResponseSchema: GenMessage<DetokenizeResponse> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 21);
+  messageDesc(file_lowbit_v1_generation, 23);
 
 /**
  * Asks how likely continuations of a prompt are.
@@ -947,7 +1025,8 @@ export type ScoreRequest = Message<"lowbit.v1.ScoreRequest"> & {
   } | { case: undefined; value?: undefined };
 
   /**
-   * The continuations to score, as token ids.
+   * The continuations to score, as token ids; 1048576 tokens in all at most. Prompt and
+   * continuation together may be as long as the context.
    *
    * @generated from field: repeated lowbit.v1.TokenIds continuations = 4;
    */
@@ -959,7 +1038,7 @@ export type ScoreRequest = Message<"lowbit.v1.ScoreRequest"> & {
  * Use `create(ScoreRequestSchema)` to create a new message.
  */
 export const ScoreRequestSchema: GenMessage<ScoreRequest> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 22);
+  messageDesc(file_lowbit_v1_generation, 24);
 
 /**
  * Log-probabilities of one continuation.
@@ -968,7 +1047,7 @@ export const ScoreRequestSchema: GenMessage<ScoreRequest> = /*@__PURE__*/
  */
 export type ContinuationScore = Message<"lowbit.v1.ContinuationScore"> & {
   /**
-   * Natural log-probability of each token given all before it.
+   * Natural log-probability of each token given all before it, as OutputOptions.logprobs.
    *
    * @generated from field: repeated float token_logprobs = 1;
    */
@@ -982,7 +1061,7 @@ export type ContinuationScore = Message<"lowbit.v1.ContinuationScore"> & {
   logprob: number;
 
   /**
-   * Whether each token is the greedy choice at its position.
+   * Whether each token is the greedy choice at its position: the likeliest one.
    *
    * @generated from field: bool is_greedy = 3;
    */
@@ -994,7 +1073,7 @@ export type ContinuationScore = Message<"lowbit.v1.ContinuationScore"> & {
  * Use `create(ContinuationScoreSchema)` to create a new message.
  */
 export const ContinuationScoreSchema: GenMessage<ContinuationScore> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 23);
+  messageDesc(file_lowbit_v1_generation, 25);
 
 /**
  * The scores, in the order of the request.
@@ -1022,7 +1101,7 @@ export type ScoreResponse = Message<"lowbit.v1.ScoreResponse"> & {
  * Use `create(ScoreResponseSchema)` to create a new message.
  */
 export const ScoreResponseSchema: GenMessage<ScoreResponse> = /*@__PURE__*/
-  messageDesc(file_lowbit_v1_generation, 24);
+  messageDesc(file_lowbit_v1_generation, 26);
 
 /**
  * Who says a chat message.
@@ -1173,7 +1252,8 @@ export const GenerationService: GenService<{
     output: typeof DetokenizeResponseSchema;
   },
   /**
-   * Returns the log-probabilities of given continuations of a prompt.
+   * Returns the log-probabilities of given continuations of a prompt, which is read once.
+   * Cancelling the call frees the model's slot within one engine step.
    *
    * @generated from rpc lowbit.v1.GenerationService.Score
    */
