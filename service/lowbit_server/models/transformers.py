@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from lowbit_server.models.decoder import Batch, LayerShape, ModelSpec
 from lowbit_server.models.grouped_loading import is_grouped, load_grouped
 from lowbit_server.models.int8 import use_int8_kernels
+from lowbit_server.models.measure import live_bytes
 from lowbit_server.models.rows import Rows, register_masks, row_cache
 
 if TYPE_CHECKING:
@@ -94,6 +95,11 @@ class TransformersModel:
             vocab_size=model.get_input_embeddings().num_embeddings,
         )
         self._check(tokens, expected)
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of all weights, quantization state and buffers."""
+        return live_bytes(self._model)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits after each row's last token, (rows, vocabulary) float32."""

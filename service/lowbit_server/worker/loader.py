@@ -98,17 +98,15 @@ class Loader:
         import torch  # noqa: PLC0415
 
         from lowbit_server.engine.batching import BatchingEngine  # noqa: PLC0415
-        from lowbit_server.models.measure import live_bytes  # noqa: PLC0415
-        from lowbit_server.models.transformers import TransformersModel, place  # noqa: PLC0415
+        from lowbit_server.models.loading import load  # noqa: PLC0415
 
         settings = self._settings
         torch.set_num_threads(settings.threads)
-        model = place(ticket.path, settings.device)
+        decoder = load(ticket.path, settings.device, context_tokens)
         self._report(ticket, LoadPhase.LOAD_PHASE_WARM_UP, 0)
-        decoder = TransformersModel(model, context_tokens)
         engine = BatchingEngine(decoder, settings.max_running, settings.kv_cache_bytes)
         self._report(ticket, LoadPhase.LOAD_PHASE_WARM_UP, 1)
-        return engine, live_bytes(model)
+        return engine, decoder.live_bytes
 
     def _read_through(self, ticket: Ticket, manifest: Manifest) -> None:
         """Read all files once, so that placing them finds them in the page cache."""

@@ -1,0 +1,136 @@
+"""Reads a checkpoint's tensors as what a decoder runs on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from lowbit_server.models.bnb4bit import Bnb4BitWeight
+from lowbit_server.models.linears import Int8Weight, Weight, linear
+from lowbit_server.quant.awq_packing import AwqLinear
+from lowbit_server.quant.foreign import foreign_scheme, grouped_bits
+from lowbit_server.quant.packing import PackedLinear
+from lowbit_server.store.sources import shards
+from lowbit_server.store.tensors import ALIGNMENT_BYTES, TensorReader
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from types import TracebackType
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig
+
+_GROUPED = {"gptq": PackedLinear, "awq": AwqLinear}
+EMBEDDING = "model.embed_tokens.weight"
+_INT8_FORMAT = "weight_format"
+# Some older checkpoints store what the configuration determines.
+_IGNORED = "rotary_emb.inv_freq"
+
+
+class Checkpoint:
+    """A folder's safetensors, each tensor read once."""
+
+    def __init__(self, folder: Path, config: PreTrainedConfig, device: str) -> None:
+        """Open the files; what is not quantized gets the type that the model computes in.
+
+        That is the configuration's, or the embedding's where it names none; on a CPU
+        float32 instead of fp16, whose products take several times as long there.
+        Raises LowbitError: SOURCE_CORRUPT, or SOURCE_UNSUPPORTED for an unknown layout.
+        """
+        self._device = device
+        self._quantization = getattr(config, "quantization_config", None) or {}
+        self._method = self._quantization.get("quant_method")
+        self._reader = TensorReader(shards(folder))
+        self.left = set(self._reader.entries)
+        """Names of tensors that were not read."""
+        if self._method in _GROUPED:
+            foreign_scheme(self._quantization, self._reader.entries)  # raises for other layouts
+        named = config.dtype or self._reader.tensor(EMBEDDING).dtype
+        self._dtype = torch.float32 if device == "cpu" and named == torch.float16 else named
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the files; what was read stays."""
+        self._reader.__exit__(kind, error, trace)
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        """Return a tensor in the model's dtype.
+
+        Raises ValueError that names it when it is missing or of another shape.
+        """
+        return _shaped(name, self._read(name), *shape).to(self._dtype)
+
+    def optional(self, name: str, *shape: int) -> Tensor | None:
+        """Return a tensor as `tensor` does, or None when there is none."""
+        return self.tensor(name, *shape) if name in self.left else None
+
+    def linear(self, sizes: Mapping[str, int], columns: int) -> nn.Module:
+        """Return one module for layers that share their input, outputs side by side.
+
+        `sizes` has each layer's name and output size; `columns` is the input's.
+        Raises ValueError that names a layer which is missing or does not fit.
+        """
+        weights = [self._weight(name, rows, columns) for name, rows in sizes.items()]
+        found = {name: self.optional(f"{name}.bias", rows) for name, rows in sizes.items()}
+        biases = None
+        if any(bias is not None for bias in found.values()):
+            biases = [
+                torch.zeros(sizes[name], dtype=self._dtype, device=self._device)
+                if bias is None
+                else bias
+                for name, bias in found.items()
+            ]
+        return linear(weights, biases, self._dtype)
+
+    def check_finished(self) -> None:
+        """Raise ValueError when tensors are left that the architecture has no place for."""
+        if left := sorted(name for name in self.left if not name.endswith(_IGNORED)):
+            raise ValueError(f"the checkpoint does not fit its architecture: {', '.join(left[:5])}")
+
+    def _weight(self, name: str, rows: int, columns: int) -> Weight:
+        if f"{name}.qweight" in self.left:
+            return self._grouped(name, rows, columns)
+        weight = f"{name}.weight"
+        if f"{name}.SCB" in self.left:
+            self.left.discard(f"{name}.{_INT8_FORMAT}")
+            codes = _shaped(weight, self._read(weight), rows, columns)
+            return Int8Weight(codes, _shaped(f"{name}.SCB", self._read(f"{name}.SCB"), rows))
+        prefix = f"{weight}."
+        if state := {key: self._read(key) for key in sorted(self.left) if key.startswith(prefix)}:
+            return Bnb4BitWeight.of(self._read(weight), state, rows, columns)
+        return self.tensor(weight, rows, columns)
+
+    def _grouped(self, name: str, rows: int, columns: int) -> PackedLinear | AwqLinear:
+        if self._method == "awq":
+            awq = AwqLinear(*(self._read(f"{name}.{key}") for key in AwqLinear.keys))
+            awq.check(name, rows, columns)
+            return awq
+        bits = grouped_bits(self._quantization, name)
+        packed = PackedLinear(bits, *(self._read(f"{name}.{key}") for key in PackedLinear.keys))
+        packed.check(name, rows, columns)
+        return packed
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self.left:
+            raise ValueError(f"the checkpoint has no {name}")
+        self.left.remove(name)
+        tensor = self._reader.tensor(name)
+        if tensor.data_ptr() % ALIGNMENT_BYTES:  # kernels may crash on it (see `store.tensors`)
+            tensor = tensor.clone()
+        return tensor.to(self._device)
+
+
+def _shaped(name: str, tensor: Tensor, *shape: int) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, {shape} was expected")
+    return tensor

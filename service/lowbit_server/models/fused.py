@@ -1,0 +1,151 @@
+"""The decoder of the Llama family: few calls a layer, so that kernels set the pace.
+
+A step of a small model is bound by what happens between its products. Queries, keys and
+values are one product here, and so are gate and up; new keys go straight into the engine's
+KV cache. `models.transformers` computes the same with the library's modules.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowbit_server.models.attention import Attention
+from lowbit_server.models.checkpoint import EMBEDDING
+from lowbit_server.models.decoder import Batch, LayerShape, ModelSpec
+from lowbit_server.models.linears import DenseLinear
+from lowbit_server.models.measure import live_bytes
+
+if TYPE_CHECKING:
+    from lowbit_server.models.architecture import Architecture
+    from lowbit_server.models.checkpoint import Checkpoint
+
+_HEAD = "lm_head"
+
+
+def normalized(inputs: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Return the RMS norm over the last dimension (Zhang and Sennrich 2019), then weighted.
+
+    It is rounded before it is weighted, as in the implementation that models are made with.
+    """
+    return functional.rms_norm(inputs, inputs.shape[-1:], None, epsilon).mul_(weight)
+
+
+class FusedLayer(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, shape: Architecture, checkpoint: Checkpoint, number: int) -> None:
+        """Read layer `number`; raises ValueError for tensors that are missing or do not fit."""
+        super().__init__()
+        self._window, self._rotary = shape.windows[number], shape.rotary[number]
+        self._epsilon, self._size = shape.norm_epsilon, shape.head_size
+        self._turned, self._heads = shape.heads + shape.kv_heads, shape.heads
+        name = f"model.layers.{number}"
+        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+        hidden, inner = shape.hidden, shape.intermediate
+        queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+        self._norm = nn.Buffer(checkpoint.tensor(f"{name}.input_layernorm.weight", hidden))
+        self._mlp_norm = nn.Buffer(
+            checkpoint.tensor(f"{name}.post_attention_layernorm.weight", hidden)
+        )
+        self._head_norms = self._read_head_norms(shape, checkpoint, attention)
+        inputs = {f"{attention}.q_proj": queries}
+        inputs |= {f"{attention}.{part}_proj": keys for part in "kv"}
+        self._qkv = checkpoint.linear(inputs, hidden)
+        self._output = checkpoint.linear({f"{attention}.o_proj": hidden}, queries)
+        gates = {f"{mlp}.{part}_proj": inner for part in ("gate", "up")}
+        self._gate_up = checkpoint.linear(gates, hidden)
+        self._down = checkpoint.linear({f"{mlp}.down_proj": hidden}, inner)
+
+    def forward(self, hidden: Tensor, attention: Attention, cache: tuple[Tensor, Tensor]) -> None:
+        """Add what the layer finds to hidden states (tokens, hidden), in place."""
+        normed = normalized(hidden, self._norm, self._epsilon)
+        heads = self._qkv.forward(normed).view(len(hidden), -1, self._size)
+        turned, value = heads[:, : self._turned], heads[:, self._turned :]
+        if self._head_norms is not None:
+            turned = normalized(turned, self._head_norms, self._epsilon)
+        if self._rotary:
+            turned = attention.turn(turned)
+        query, key = turned[:, : self._heads], turned[:, self._heads :]
+        found = attention.attend((query, key, value), cache, self._window)
+        hidden += self._output.forward(found)
+        normed = normalized(hidden, self._mlp_norm, self._epsilon)
+        gate, up = self._gate_up.forward(normed).chunk(2, dim=-1)
+        hidden += self._down.forward(functional.silu(gate).mul_(up))
+
+    @staticmethod
+    def _read_head_norms(
+        shape: Architecture, checkpoint: Checkpoint, attention: str
+    ) -> nn.Buffer | None:
+        """Return the weights of the norms of queries and keys, (their heads, head size)."""
+        query = checkpoint.optional(f"{attention}.q_norm.weight", shape.head_size)
+        if query is None:
+            return None
+        key = checkpoint.tensor(f"{attention}.k_norm.weight", shape.head_size)
+        return nn.Buffer(torch.cat([query.expand(shape.heads, -1), key.expand(shape.kv_heads, -1)]))
+
+
+class FusedModel(nn.Module):
+    """A `DecoderModel` of the Llama family."""
+
+    def __init__(self, shape: Architecture, checkpoint: Checkpoint, context_tokens: int) -> None:
+        """Read all weights.
+
+        Raises ValueError for tensors that are missing, do not fit or have no place.
+        """
+        super().__init__()
+        self._rope, self._epsilon = shape.rope, shape.norm_epsilon
+        self._embedding = nn.Buffer(checkpoint.tensor(EMBEDDING, shape.vocab_size, shape.hidden))
+        self._layers = nn.ModuleList(
+            FusedLayer(shape, checkpoint, number) for number in range(shape.layers)
+        )
+        self._norm = nn.Buffer(checkpoint.tensor("model.norm.weight", shape.hidden))
+        if shape.tied:
+            checkpoint.left.discard(f"{_HEAD}.weight")
+            self._head: nn.Module = DenseLinear(self._embedding, None)
+        else:
+            self._head = checkpoint.linear({_HEAD: shape.vocab_size}, shape.hidden)
+        checkpoint.check_finished()
+        self.spec = ModelSpec(
+            layers=(LayerShape(shape.kv_heads, shape.head_size, shape.head_size),) * shape.layers,
+            dtype=self._embedding.dtype,
+            device=self._embedding.device,
+            context_tokens=min(context_tokens, shape.context_tokens),
+            vocab_size=shape.vocab_size,
+        )
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of all weights."""
+        return live_bytes(self)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits after each row's last token, (rows, vocabulary) float32."""
+        hidden = self._hidden(batch)
+        return self._logits(hidden if len(batch.tokens[0]) == 1 else hidden[-1:]).float()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the logits after every token, (rows, tokens, vocabulary), as computed."""
+        logits = self._logits(self._hidden(batch))
+        return logits.view(len(batch.tokens), -1, self.spec.vocab_size)
+
+    @torch.inference_mode()
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Return the last layer's hidden states (tokens, hidden)."""
+        spec = self.spec
+        width = len(batch.tokens[0])
+        ids = torch.tensor(batch.tokens, device=spec.device).view(-1)
+        hidden = functional.embedding(ids, self._embedding)
+        attention = Attention(batch.starts, width, self._rope, spec.dtype)
+        for layer, *cache in zip(self._layers, batch.keys, batch.values, strict=True):
+            layer.forward(hidden, attention, cache)
+        return hidden
+
+    @torch.inference_mode()
+    def _logits(self, hidden: Tensor) -> Tensor:
+        normed = normalized(hidden, self._norm, self._epsilon)
+        logits: Tensor = self._head.forward(normed)
+        return logits

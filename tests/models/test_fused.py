@@ -1,0 +1,261 @@
+"""The fused decoder computes what transformers' modules do on the same checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lowbit_server.engine.kv_cache import KvCache
+from lowbit_server.jobs.spec import CalibrationSpec
+from lowbit_server.models import bnb4bit
+from lowbit_server.models.decoder import Batch
+from lowbit_server.models.fused import FusedModel
+from lowbit_server.models.loading import load
+from lowbit_server.models.transformers import TransformersModel, place
+from lowbit_server.quant.schemes import (
+    AwqScheme,
+    Bnb4BitScheme,
+    GptqScheme,
+    Int8Scheme,
+    LayerBits,
+    RtnScheme,
+)
+from tests.models.quantkit import FAMILIES, Store, random_source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from lowbit_server.models.decoder import DecoderModel
+    from lowbit_server.quant.schemes import Scheme
+
+CONTEXT = 64
+THETA = 10_000.0
+SHAPES = FAMILIES | {
+    "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama-one-kv-head": {"model_type": "llama", "num_key_value_heads": 1},
+    "llama-all-kv-heads": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama-3-rope": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": THETA,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "llama-linear-rope": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": THETA, "factor": 4.0},
+    },
+    "qwen3-yarn": {
+        "model_type": "qwen3",
+        "head_dim": 64,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": THETA,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "qwen2-some-windows": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+    },
+}
+SCHEMES = (
+    Int8Scheme(),
+    Bnb4BitScheme(quant_type="nf4"),
+    Bnb4BitScheme(quant_type="fp4", double_quant=False),
+    RtnScheme(bits=8, group_size=32),
+    RtnScheme(bits=3, group_size=64, sym=True),
+    GptqScheme(group_size=32),
+    GptqScheme(group_size=64, layers=(LayerBits(layer=1, bits=8),)),
+    GptqScheme(group_size=-1, sym=True),
+    AwqScheme(group_size=32),
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Keep models this small on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 250, (count,), generator=generator).tolist()
+
+
+class Cache:
+    """A KV cache of some rows whose tokens are fed bit by bit."""
+
+    def __init__(self, model: DecoderModel, rows: int) -> None:
+        self._model = model
+        self._kv = KvCache(model.spec, 1 << 26)
+        self._kv.reserve(rows, CONTEXT, [CONTEXT] * rows)
+        self.lengths = [0] * rows
+
+    def feed(self, row: int, new: Sequence[int]) -> torch.Tensor:
+        """Return the logits after each new token of a row, (tokens, vocabulary)."""
+        batch = Batch([new], [self.lengths[row]], *self._kv.view(row, 1))
+        self.lengths[row] += len(new)
+        return self._model.logits(batch)[0].float()
+
+    def decode(self, new: Sequence[int]) -> torch.Tensor:
+        """Return the logits after one new token of every row, (rows, vocabulary)."""
+        batch = Batch([[one] for one in new], self.lengths, *self._kv.view(0, len(new)))
+        logits = self._model.forward(batch)
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits
+
+
+def fused(folder: Path) -> FusedModel:
+    model = load(folder, "cpu", CONTEXT)
+    assert isinstance(model, FusedModel)
+    return model
+
+
+def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def reference(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([ids])).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_those_of_transformers(shape: str, tmp_path: Path) -> None:
+    folder = random_source(tmp_path / "source", torch.float32, **SHAPES[shape])
+    model = fused(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    text = tokens(CONTEXT - 1)
+    expected = reference(plain, text)
+    assert deviation(Cache(model, 1).feed(0, text), expected) < 1e-5
+    # In chunks, one of them of one token, and then token by token.
+    cache = Cache(model, 1)
+    ends = [5, 6, 20, 45]
+    parts = [cache.feed(0, text[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    parts += [cache.decode([token]) for token in text[ends[-1] :]]
+    assert deviation(torch.cat(parts), expected) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_of_different_lengths_do_not_see_each_other(shape: str, tmp_path: Path) -> None:
+    folder = random_source(tmp_path / "source", torch.float32, **SHAPES[shape])
+    model = fused(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    texts = [tokens(length + 6, length) for length in (30, 1, 11, 11)]
+    cache = Cache(model, len(texts))
+    for row, text in enumerate(texts):
+        cache.feed(row, text[:-6])
+    for step in range(-6, 0):
+        found = cache.decode([text[step] for text in texts])
+        expected = torch.stack(
+            [reference(plain, text[: len(text) + step + 1])[-1] for text in texts]
+        )
+        assert deviation(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=range(len(SCHEMES)))
+def test_quantized_weights_are_those_of_the_transformers_path(
+    scheme: Scheme, family: str, tmp_path: Path
+) -> None:
+    store = Store(tmp_path)
+    store.imported(random_source(tmp_path / "source", **FAMILIES[family]))
+    text = tokens(CONTEXT - 1)
+    calibrated = isinstance(scheme, GptqScheme | AwqScheme)
+    calibration = CalibrationSpec(
+        text_inline=(" ".join(map(str, range(400))),), samples=4, sequence_tokens=32
+    )
+    small = store.quantized(scheme, calibration=calibration if calibrated else None)
+    model = fused(small)
+    other = TransformersModel(place(small, "cpu"), CONTEXT)
+    found = Cache(model, 1).feed(0, text)
+    expected = Cache(other, 1).feed(0, text)
+    assert deviation(found, expected) < 0.03  # bfloat16, rounded in other places
+    # Its norms of heads lie there once for each head.
+    assert model.live_bytes == pytest.approx(other.live_bytes, rel=0.005)
+
+
+def test_what_is_no_llama_runs_on_transformers(tmp_path: Path) -> None:
+    folder = random_source(tmp_path / "source", model_type="gemma2", head_dim=32)
+    assert isinstance(load(folder, "cpu", CONTEXT), TransformersModel)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "gelu"},
+        {
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": THETA,
+                "factor": 2.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ],
+    ids=["activation", "rope"],
+)
+def test_what_it_does_not_know_runs_on_transformers(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = random_source(tmp_path / "source", model_type="llama", **changes)
+    assert isinstance(load(folder, "cpu", CONTEXT), TransformersModel)
+
+
+def test_4_bit_without_its_kernel_runs_on_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]))
+    small = store.quantized(Bnb4BitScheme(quant_type="nf4"))
+    monkeypatch.setattr(bnb4bit, "has_kernel", lambda: False)
+    assert isinstance(load(small, "cpu", CONTEXT), TransformersModel)
+
+
+def test_half_precision_becomes_float32_on_a_cpu(tmp_path: Path) -> None:
+    folder = random_source(tmp_path / "source", torch.float16, **FAMILIES["llama-tied"])
+    model = fused(folder)
+    assert model.spec.dtype is torch.float32
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    text = tokens(20)
+    assert deviation(Cache(model, 1).feed(0, text), reference(plain, text)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 2}, r"does not fit its architecture: model\.layers\.2"),
+        ({"num_hidden_layers": 4}, r"has no model\.layers\.3"),
+        ({"intermediate_size": 64}, r"gate_proj\.weight has the shape \(192, 128\)"),
+    ],
+    ids=str,
+)
+def test_tensors_that_do_not_fit_are_named(
+    change: dict[str, int], said: str, tmp_path: Path
+) -> None:
+    folder = random_source(tmp_path / "source", **FAMILIES["llama-untied"])
+    config = folder / "config.json"
+    text = config.read_text()
+    for key, value in change.items():
+        old = {"num_hidden_layers": 3, "intermediate_size": 192}[key]
+        assert f'"{key}": {old}' in text
+        text = text.replace(f'"{key}": {old}', f'"{key}": {value}')
+    config.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load(folder, "cpu", CONTEXT)
