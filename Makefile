@@ -51,10 +51,10 @@ $(LIGHT): $(READY) $(shell find proto -name '*.proto') proto/generate.py
 # $(call missing,PROGRAM) is the recipe of what a missing PROGRAM skips; in CI it fails.
 missing = @echo "skipped $@: $(1) is not installed" >&2; test "$$CI" != true
 
-include $(wildcard client/*/client.mk)
+include $(wildcard client/*/client.mk) tests/clients/client.mk
 
-unit: $(READY) ## Run the tests
-	$(BIN)/python -m pytest
+unit: $(READY) ## Run the tests, without those of foreign tools
+	$(BIN)/python -m pytest --ignore=tests/clients
 
 conformance: $(READY) ## Play one suite of scenarios against the SDK of every language
 	$(BIN)/python -m tests.conformance.run $(CONFORMANCE_FLAGS)
