@@ -34,6 +34,8 @@ type Chunk struct {
 	Text string
 	// TokenIDs are the chunk's tokens, where the request asked for them.
 	TokenIDs []uint32
+	// Tokens are the same with their log-probabilities, where the request asked for these.
+	Tokens []*pb.Token
 	// OutputIndex says which of several outputs this is.
 	OutputIndex uint32
 }
@@ -88,7 +90,7 @@ func events(messages iter.Seq2[*pb.GenerateResponse, error]) iter.Seq2[Event, er
 			case *pb.GenerateResponse_Started:
 				event.Started = e.Started
 			case *pb.GenerateResponse_Delta:
-				event.Chunk = &Chunk{Text: e.Delta.Text, OutputIndex: e.Delta.OutputIndex}
+				event.Chunk = &Chunk{Text: e.Delta.Text, Tokens: e.Delta.Tokens, OutputIndex: e.Delta.OutputIndex}
 				for _, token := range e.Delta.Tokens {
 					event.Chunk.TokenIDs = append(event.Chunk.TokenIDs, token.Id)
 				}

@@ -259,6 +259,9 @@ def _expect_text(expected: Any, events: list[dict[str, Any]]) -> None:
         raise Mismatch(f"{len(deltas)} deltas, not {expected.min_deltas} or more")
     if expected.token_ids:
         _same("token ids", [id_ for one in deltas for id_ in one["token_ids"]], expected.token_ids)
+    if expected.logprobs:
+        found = [round(logprob, 4) for one in deltas for logprob in one["logprobs"]]
+        _same("log-probabilities", found, list(expected.logprobs))
     for kind, type_ in (
         ("started", generation_pb2.Started),
         ("finished", generation_pb2.OutputFinished),

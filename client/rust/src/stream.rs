@@ -21,8 +21,8 @@ use crate::{
     errors::{Error, Kind, Result},
     retry::{wait, Tries},
     v1::{
-        generate_response::Event, Completed, GenerateResponse, LoadResponse, OutputFinished,
-        Started,
+        generate_response::Event, Completed, Delta, GenerateResponse, LoadResponse, OutputFinished,
+        Started, Token,
     },
 };
 
@@ -145,6 +145,8 @@ pub struct Chunk {
     pub text: String,
     /// Ids of the tokens that made it, when asked for.
     pub token_ids: Vec<u32>,
+    /// The same with their log-probabilities, when these were asked for.
+    pub tokens: Vec<Token>,
     /// Which output it belongs to, from 0.
     pub output_index: u32,
 }
@@ -228,8 +230,8 @@ impl Stream for GenerateStream {
                         self.text += &delta.text;
                     }
                     let token_ids = delta.tokens.iter().map(|token| token.id).collect();
-                    let (text, output_index) = (delta.text, delta.output_index);
-                    return Poll::Ready(Some(Ok(Chunk { text, token_ids, output_index })));
+                    let Delta { text, tokens, output_index } = delta;
+                    return Poll::Ready(Some(Ok(Chunk { text, token_ids, tokens, output_index })));
                 }
                 None => {}
             }

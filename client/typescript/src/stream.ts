@@ -1,7 +1,7 @@
 /** The streams that a client returns. Each begins with its first read and is cancelled when it is left. */
 
 import { Code, ConnectError } from "@connectrpc/connect";
-import type { Completed, GenerateResponse, OutputFinished, Started } from "./gen/lowbit/v1/generation_pb.js";
+import type { Completed, GenerateResponse, OutputFinished, Started, Token } from "./gen/lowbit/v1/generation_pb.js";
 import type { LoadResponse } from "./gen/lowbit/v1/model_pb.js";
 
 /** Cancels the calls of streams that nobody holds any more. */
@@ -69,6 +69,8 @@ export interface Chunk {
   readonly text: string;
   /** Ids of the tokens that made it, when `output.tokenIds` asked for them. */
   readonly tokenIds: readonly number[];
+  /** The same with their log-probabilities, when `output.logprobs` asked for these. */
+  readonly tokens: readonly Token[];
   /** Which output it belongs to, from 0. */
   readonly outputIndex: number;
 }
@@ -96,7 +98,7 @@ export class GenerateStream extends Stream<Chunk, GenerateResponse> {
       case "delta": {
         const { text, tokens, outputIndex } = event.value;
         if (outputIndex === 0) this.partialText += text;
-        return { text, tokenIds: tokens.map((token) => token.id), outputIndex };
+        return { text, tokenIds: tokens.map((token) => token.id), tokens, outputIndex };
       }
       case "started":
         this.started = event.value;

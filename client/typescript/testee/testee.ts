@@ -12,7 +12,7 @@ import {
   isMessage,
   toJson,
 } from "@bufbuild/protobuf";
-import { type CallOptions, Client, type ClientOptions, GenerateStream, LowbitError } from "../src/index.js";
+import { type CallOptions, type Chunk, Client, type ClientOptions, GenerateStream, LowbitError } from "../src/index.js";
 import { GenerationService, file_lowbit_v1_generation } from "../src/gen/lowbit/v1/generation_pb.js";
 import { JobService, file_lowbit_v1_job } from "../src/gen/lowbit/v1/job_pb.js";
 import { ModelService, file_lowbit_v1_model } from "../src/gen/lowbit/v1/model_pb.js";
@@ -122,8 +122,9 @@ async function run(id: number, line: Line): Promise<void> {
     for await (const item of items(stream)) {
       tell("started");
       if (stream instanceof GenerateStream) {
-        const { text, outputIndex, tokenIds } = item as { text: string; outputIndex: number; tokenIds: number[] };
-        write(id, "delta", { text, output_index: outputIndex, token_ids: tokenIds });
+        const { text, outputIndex, tokenIds, tokens } = item as Chunk;
+        const logprobs = tokens.flatMap(({ logprob }) => logprob ?? []);
+        write(id, "delta", { text, output_index: outputIndex, token_ids: tokenIds, logprobs });
       } else write(id, "message", { message: isMessage(item) ? json(item) : item });
       count++;
       if (count === call.cancel_after) controller.abort();

@@ -254,8 +254,15 @@ func tell(id int, item any) bool {
 		write(id, "message", object{"message": asJSON(item.(proto.Message))})
 		return true
 	case event.Chunk != nil:
-		ids := append([]uint32{}, event.Chunk.TokenIDs...)
-		write(id, "delta", object{"text": event.Text(), "output_index": event.Chunk.OutputIndex, "token_ids": ids})
+		ids, logprobs := append([]uint32{}, event.Chunk.TokenIDs...), []float32{}
+		for _, token := range event.Chunk.Tokens {
+			if token.Logprob != nil {
+				logprobs = append(logprobs, *token.Logprob)
+			}
+		}
+		told := object{"text": event.Text(), "output_index": event.Chunk.OutputIndex}
+		told["token_ids"], told["logprobs"] = ids, logprobs
+		write(id, "delta", told)
 		return true
 	case event.Started != nil:
 		write(id, "started", object{"message": asJSON(event.Started)})

@@ -197,6 +197,9 @@ final class Testee {
         JsonArray ids = new JsonArray();
         chunk.tokenIds().forEach(id -> ids.add(Integer.toUnsignedLong(id)));
         event.add("token_ids", ids);
+        JsonArray logprobs = new JsonArray();
+        chunk.tokens().stream().filter(Token::hasLogprob).forEach(one -> logprobs.add(one.getLogprob()));
+        event.add("logprobs", logprobs);
         write("delta", event);
       } else {
         event.add("message", json((Message) item));

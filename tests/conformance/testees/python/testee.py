@@ -54,6 +54,8 @@ def generate(client: Client, request: Any, timeout: float | None) -> Any:
     options |= given(sampling, *(field.name for field in sampling.DESCRIPTOR.fields))
     if request.output.HasField("token_ids"):
         options["token_ids_output"] = request.output.token_ids
+    if request.output.HasField("logprobs"):
+        options["logprobs"] = request.output.logprobs
     match request.WhichOneof("input"):
         case "chat":
             options["messages"] = request.chat.messages
@@ -284,8 +286,8 @@ class Running:
             write(self._id, "message", message=to_json(item))
             return
         self._tell("started")
-        ids = list(item.token_ids)
-        write(self._id, "delta", text=item.text, output_index=item.output_index, token_ids=ids)
+        lists = {"token_ids": item.token_ids, "logprobs": item.logprobs}
+        write(self._id, "delta", text=item.text, output_index=item.output_index, **lists)
 
     def _tell_facts(self) -> None:
         for name in ("started", "finished", "completed"):

@@ -238,9 +238,13 @@ impl Call {
                 say(self.id, "started", json!({ "message": message(told) }));
             }
             if let Some(Ok(chunk)) = &next {
-                let ids = &chunk.token_ids;
-                let index = chunk.output_index;
-                let told = json!({"text": chunk.text, "output_index": index, "token_ids": ids});
+                let logprobs: Vec<_> = chunk.tokens.iter().filter_map(|one| one.logprob).collect();
+                let told = json!({
+                    "text": chunk.text,
+                    "output_index": chunk.output_index,
+                    "token_ids": chunk.token_ids,
+                    "logprobs": logprobs,
+                });
                 say(self.id, "delta", told);
                 given += 1;
             }

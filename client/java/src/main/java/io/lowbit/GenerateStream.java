@@ -31,7 +31,7 @@ public final class GenerateStream extends MessageStream<Chunk> {
             text.append(delta.getText());
           }
           var ids = delta.getTokensList().stream().map(Token::getId).toList();
-          return new Chunk(delta.getText(), ids, delta.getOutputIndex());
+          return new Chunk(delta.getText(), ids, delta.getTokensList(), delta.getOutputIndex());
         }
         default -> { /* an event of a newer server */ }
       }
