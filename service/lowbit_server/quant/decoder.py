@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lowbit_server.quant.attention import BLOCKED, causal_mask
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -41,7 +43,7 @@ class Decoder:
         """Build the architecture of a folder's config for samples of a length."""
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=BLOCKED)
         self._layers = model.model.layers
         self._device = device
         self.value_heads: int = config.num_key_value_heads
@@ -51,7 +53,12 @@ class Decoder:
         positions = torch.arange(sequence_tokens, device=device)[None]
         example = torch.empty(0, dtype=ACTIVATIONS, device=device)
         self._rotation: tuple[Tensor, Tensor] = rotary(example, positions)
-        self._windows = [_window(config, layer.self_attn) for layer in self._layers]
+        windows = [_window(config, layer.self_attn) for layer in self._layers]
+        masks = {
+            window: causal_mask(sequence_tokens, window, ACTIVATIONS, device)
+            for window in set(windows)
+        }
+        self._masks = [masks[window] for window in windows]
 
     def layer(self, number: int, tensors: Mapping[str, Tensor]) -> Layer:
         """Return a layer with its tensors, named as inside it, such as "mlp.up_proj.weight"."""
@@ -59,22 +66,20 @@ class Decoder:
         self._layers[number] = nn.Identity()  # so that its memory goes with the caller's
         weights = {name: tensor.to(self._device, ACTIVATIONS) for name, tensor in tensors.items()}
         module.load_state_dict(weights, assign=True)
-        return Layer(module, self._rotation, self._windows[number])
+        return Layer(module, self._rotation, self._masks[number])
 
 
 class Layer:
     """One decoder layer. Hidden states are (samples, tokens, hidden), bfloat16."""
 
-    def __init__(
-        self, module: nn.Module, rotation: tuple[Tensor, Tensor], window: int | None
-    ) -> None:
+    def __init__(self, module: nn.Module, rotation: tuple[Tensor, Tensor], mask: Tensor) -> None:
         """Take the module's last linear layers out, so that its parts end before them."""
         self._module: Any = module
         self._linears = {name: module.get_submodule(name) for name in LINEARS}
         for name in (OUTPUT, DOWN):
             module.set_submodule(name, nn.Identity())
         self._rotation = rotation
-        self._mask = _mask(rotation[0].shape[1], window, rotation[0].device)
+        self._mask = mask
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         """Return the input of the query, key and value layers."""
@@ -117,11 +122,3 @@ def _window(config: object, attention: nn.Module) -> int | None:
         attention, "sliding_window", getattr(config, "sliding_window", None)
     )
     return window
-
-
-def _mask(tokens: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Return which keys (1, 1, tokens, tokens) a query sees; None for all before it."""
-    if window is None or window >= tokens:
-        return None
-    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-    return seen.triu(1 - window)[None, None]

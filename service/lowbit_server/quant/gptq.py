@@ -124,7 +124,7 @@ def quantize(
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
         part = work[start:end]
-        errors = torch.empty_like(part)
+        rounded, errors = torch.empty_like(part), torch.empty_like(part)
         within = factor[start:end, start:end]
         pivots = within.diagonal().tolist()
         for index in range(end - start):
@@ -135,11 +135,12 @@ def quantize(
                 scales[group], zeros[group] = (one[0] for one in grid(ahead, bits, sym=scheme.sym))
                 steps[group], offsets[group] = scales[group].float(), zeros[group].float()
             step, offset = steps[group], offsets[group]
-            code = part[index].div(step).round_().add_(offset).clamp_(0, last)
-            codes[places[column]] = code.to(torch.uint8)
-            error = part[index].sub(code.sub_(offset).mul_(step)).div_(pivots[index])
-            errors[index] = error
+            value, code, error = part[index], rounded[index], errors[index]
+            torch.div(value, step, out=code).round_().add_(offset).clamp_(0, last)
+            torch.sub(code, offset, out=error).mul_(step)
+            torch.sub(value, error, out=error).div_(pivots[index])
             part[index + 1 :].addr_(within[index, index + 1 :], error, alpha=-1)
+        codes[order[start:end]] = rounded.to(torch.uint8)
         work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     return codes, zeros, scales
 
