@@ -12,12 +12,13 @@ import torch
 from lowbit_server.engine.engine import Status
 from lowbit_server.engine.kv_cache import KvCache
 from lowbit_server.engine.logprobs import AskedLogprobs, token_logprobs
+from lowbit_server.engine.pacing import Pacing
 from lowbit_server.engine.request import Output
 from lowbit_server.engine.roster import Roster
 from lowbit_server.engine.rows import Prefill, Row
 from lowbit_server.engine.sampler import RowSampler, sample
 from lowbit_server.engine.scoring import Scoring
-from lowbit_server.models.decoder import CHUNK_TOKENS, Batch
+from lowbit_server.models.decoder import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ class BatchingEngine:
         self._roster = Roster(max_running)
         self._decoding: list[Row] = []
         self._prefilling: Prefill | None = None
+        self._pacing = Pacing()
         self._log = structlog.get_logger()
 
     def submit(self, request: Request) -> list[Output]:
@@ -97,25 +99,34 @@ class BatchingEngine:
         if not rows:
             return []
         tokens = [row.running.tokens[-1:] for row in rows]
-        return self._guarded(
+        began = time.perf_counter()
+        outputs = self._guarded(
             [row.running for row in rows],
             lambda: self._choose(rows, self._model.forward(self._batch(rows, tokens, 0)), 0),
         )
+        self._pacing.decoded(time.perf_counter() - began)
+        return outputs
 
     def _prefill(self) -> list[Output]:
         if self._prefilling is None:
-            outputs = self._roster.admit(time.monotonic(), self._fits)
-            if not outputs:
+            admitted = self._roster.admit(time.monotonic(), self._fits)
+            if not admitted:
                 return []
-            self._prefilling = Prefill(outputs)
+            self._prefilling = Prefill(admitted)
         prefill = self._prefilling
-        work = self._score if prefill.scoring else self._read
-        return self._guarded(prefill.outputs, lambda: work(prefill))
+        scoring, beside_streams = prefill.scoring, len(self._decoding) > 0
+        work, left = (self._score, scoring.left) if scoring else (self._read, prefill.prompt_left)
+        chunk = left[: self._pacing.chunk_tokens(beside_streams=beside_streams)]
+        began = time.perf_counter()
+        outputs = self._guarded(prefill.outputs, lambda: work(prefill, chunk))
+        if beside_streams:
+            self._pacing.read(len(chunk), time.perf_counter() - began)
+        return outputs
 
-    def _read(self, prefill: Prefill) -> list[Output]:
+    def _read(self, prefill: Prefill, chunk: Sequence[int]) -> list[Output]:
         """Read one chunk of a prompt; with the last one its outputs begin to decode."""
         index = len(self._decoding)
-        batch = self._batch([prefill], [prefill.prompt_left[:CHUNK_TOKENS]], index)
+        batch = self._batch([prefill], [chunk], index)
         outputs: list[Output] = []
         if prefill.request.prompt_logprobs:
             every = self._model.logits(batch)[0]
@@ -145,12 +156,12 @@ class BatchingEngine:
         self._prefilling = None
         return self._choose(rows, logits.repeat(len(rows), 1), first_row)
 
-    def _score(self, prefill: Prefill) -> list[Output]:
+    def _score(self, prefill: Prefill, chunk: Sequence[int]) -> list[Output]:
         """Run one chunk of a continuation behind the prompt."""
         index, scoring = len(self._decoding), prefill.scoring
         assert scoring is not None  # noqa: S101
         prefill.length = len(prefill.request.prompt) + scoring.position
-        logits = self._model.logits(self._batch([prefill], [scoring.left[:CHUNK_TOKENS]], index))[0]
+        logits = self._model.logits(self._batch([prefill], [chunk], index))[0]
         self._check(logits, index)
         scoring.take(logits)
         return self._scores(prefill, scoring)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lowbit_server.quant.evaluation import Windows
     from lowbit_server.store.manifest import Manifest
 
+# Counts changes of how models are run that change what they compute.
+_DECODER = 2
 _MAX_LOGIT_BYTES = 4
 
 
@@ -137,6 +139,7 @@ def _surroundings(device: str) -> dict[str, object]:
         "processor": processor_name() if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "chunk_tokens": CHUNK_TOKENS,
+        "decoder": _DECODER,
         "libraries": library_versions(),
     }
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_TOKENS = 512
-"""Prompts are read in chunks of this size, one a step, so that a long one delays the
-running requests by one chunk's time only. Larger chunks gain little throughput."""
+"""Prompts are read in chunks of at most this size, one a step (`engine.pacing`). Larger
+chunks gain little throughput."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lowbit_server.engine.batching import BatchingEngine
 from lowbit_server.engine.kv_cache import BLOCK_TOKENS
+from lowbit_server.engine.pacing import LEAST_TOKENS
 from lowbit_server.engine.request import Finish, Output, Request, Sampling
 from lowbit_server.models.decoder import CHUNK_TOKENS
 from tests.unit.engine.counting import VOCAB, CountingModel, expected, expected_logprob
@@ -145,17 +146,21 @@ def test_every_request_gets_its_own_tokens_and_ends_once(
 def test_a_long_prompt_comes_in_chunks_beside_running_requests() -> None:
     model = CountingModel()
     engine, log = make(model), Log()
-    engine.submit(Request(1, prompt(1, 5), 20))
+    long = prompt(2, 3 * CHUNK_TOKENS - 1)
+    engine.submit(Request(1, prompt(1, 5), 2 + len(long) // LEAST_TOKENS))
     log.add(engine.step())
-    engine.submit(Request(2, prompt(2, 3 * CHUNK_TOKENS - 1), 4))
-    for made in (2, 3, 4):
+    engine.submit(Request(2, long, 4))
+    made = 1
+    while 2 not in log.tokens:
         log.add(engine.step())
+        made += 1
         assert len(log.tokens[1]) == made
-    assert len(log.tokens[2]) == 1
     widths = [len(batch.tokens[0]) for batch in model.batches if len(batch.tokens[0]) > 5]
-    assert widths == [CHUNK_TOKENS, CHUNK_TOKENS, CHUNK_TOKENS - 1]
+    assert sum(widths) == len(long)
+    assert min(widths[:-1]) >= LEAST_TOKENS
+    assert max(widths) <= CHUNK_TOKENS
     run(engine, log)
-    assert log.tokens[2] == expected(prompt(2, 3 * CHUNK_TOKENS - 1), 4)
+    assert log.tokens[2] == expected(long, 4)
 
 
 def test_requests_that_run_are_one_batch() -> None:
