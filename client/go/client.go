@@ -6,14 +6,11 @@ package lowbit
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"iter"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/reflect/protoreflect"
 
 	pb "lowbit/gen/lowbitv1"
 )
@@ -72,39 +69,9 @@ func (c *Client) Generate(ctx context.Context, request *pb.GenerateRequest) iter
 	return events(stream(ctx, c, c.options.streamTimeout, c.generation.Generate, request, nil))
 }
 
-// GenerateText asks for what follows a prompt.
-func GenerateText(model, prompt string) *pb.GenerateRequest {
-	return &pb.GenerateRequest{Model: model, Input: &pb.GenerateRequest_Text{Text: prompt}}
-}
-
-// GenerateChat asks for the next message of a chat; System, User and Assistant make messages.
-func GenerateChat(model string, messages ...*pb.ChatMessage) *pb.GenerateRequest {
-	return &pb.GenerateRequest{Model: model, Input: &pb.GenerateRequest_Chat{Chat: &pb.Chat{Messages: messages}}}
-}
-
-// System is a chat message with instructions to the model.
-func System(content string) *pb.ChatMessage {
-	return &pb.ChatMessage{Role: pb.Role_ROLE_SYSTEM, Content: content}
-}
-
-// User is a chat message of the person or program that asks.
-func User(content string) *pb.ChatMessage {
-	return &pb.ChatMessage{Role: pb.Role_ROLE_USER, Content: content}
-}
-
-// Assistant is a chat message of the model.
-func Assistant(content string) *pb.ChatMessage {
-	return &pb.ChatMessage{Role: pb.Role_ROLE_ASSISTANT, Content: content}
-}
-
 // Tokenize returns the token ids of text or of a chat, as Generate would make them.
 func (c *Client) Tokenize(ctx context.Context, request *pb.TokenizeRequest) (*pb.TokenizeResponse, error) {
 	return call(ctx, c, again, c.generation.Tokenize, request)
-}
-
-// TokenizeText asks for the token ids of a text.
-func TokenizeText(model, text string) *pb.TokenizeRequest {
-	return &pb.TokenizeRequest{Model: model, Input: &pb.TokenizeRequest_Text{Text: text}}
 }
 
 // Detokenize returns the text of token ids.
@@ -123,11 +90,6 @@ func (c *Client) Score(ctx context.Context, request *pb.ScoreRequest) (*pb.Score
 func (c *Client) ImportModel(ctx context.Context, request *pb.ImportModelRequest) (*pb.Job, error) {
 	response, err := call(ctx, c, again, c.store.ImportModel, named(request))
 	return response.GetJob(), err
-}
-
-// ImportPath asks to import a folder or GGUF file of the server under a name.
-func ImportPath(model, path string) *pb.ImportModelRequest {
-	return &pb.ImportModelRequest{Model: model, Source: &pb.ModelSource{Kind: &pb.ModelSource_Path{Path: path}}}
 }
 
 // Models gives all models by name, page after page; request may be nil.
@@ -176,9 +138,6 @@ func (c *Client) Load(ctx context.Context, request *pb.LoadRequest) iter.Seq2[*p
 	return stream(ctx, c, c.options.streamTimeout, c.store.Load, request, func(*pb.LoadResponse) {})
 }
 
-// LoadModel asks to load a model onto the device with most free memory.
-func LoadModel(model string) *pb.LoadRequest { return &pb.LoadRequest{Model: model} }
-
 // Unload takes a model off its devices once its streams have ended.
 func (c *Client) Unload(ctx context.Context, request *pb.UnloadRequest) (*pb.UnloadResponse, error) {
 	drain := 30 * time.Second // the server's default
@@ -197,35 +156,6 @@ func (c *Client) WatchModel(ctx context.Context, model string) iter.Seq2[*pb.Wat
 func (c *Client) Quantize(ctx context.Context, request *pb.QuantizeRequest) (*pb.Job, error) {
 	response, err := call(ctx, c, again, c.quantizing.Quantize, named(request))
 	return response.GetJob(), err
-}
-
-// QuantizeTo asks for a copy of source under the name target, with a scheme of Scheme.
-func QuantizeTo(source, target, scheme string) *pb.QuantizeRequest {
-	return &pb.QuantizeRequest{Source: source, Target: target, Scheme: Scheme(scheme)}
-}
-
-// Scheme returns the scheme of a name with its default options: fp32, fp16, bf16, int8, nf4,
-// fp4, gptq, awq or rtn. For another name it is nil, which the server refuses.
-func Scheme(name string) *pb.Scheme {
-	switch name {
-	case "int8":
-		return &pb.Scheme{Kind: &pb.Scheme_Int8{Int8: &pb.Int8Scheme{}}}
-	case "nf4":
-		return &pb.Scheme{Kind: &pb.Scheme_Bnb_4Bit{Bnb_4Bit: &pb.Bnb4BitScheme{QuantType: pb.BnbQuantType_BNB_QUANT_TYPE_NF4}}}
-	case "fp4":
-		return &pb.Scheme{Kind: &pb.Scheme_Bnb_4Bit{Bnb_4Bit: &pb.Bnb4BitScheme{QuantType: pb.BnbQuantType_BNB_QUANT_TYPE_FP4}}}
-	case "gptq":
-		return &pb.Scheme{Kind: &pb.Scheme_Gptq{Gptq: &pb.GptqScheme{}}}
-	case "awq":
-		return &pb.Scheme{Kind: &pb.Scheme_Awq{Awq: &pb.AwqScheme{}}}
-	case "rtn":
-		return &pb.Scheme{Kind: &pb.Scheme_Rtn{Rtn: &pb.RtnScheme{}}}
-	}
-	types := map[string]pb.FloatType{"fp32": pb.FloatType_FLOAT_TYPE_FP32, "fp16": pb.FloatType_FLOAT_TYPE_FP16, "bf16": pb.FloatType_FLOAT_TYPE_BF16}
-	if kind, ok := types[name]; ok {
-		return &pb.Scheme{Kind: &pb.Scheme_Float{Float: &pb.FloatScheme{Type: kind}}}
-	}
-	return nil
 }
 
 // ListSchemes returns all schemes and, per device, whether they can be used and if not why.
@@ -344,21 +274,4 @@ func pages[T any](token string, fetch func(token string) ([]T, string, error)) i
 			}
 		}
 	}
-}
-
-// named returns the request with a request_id, unless it has one or only asks to validate.
-func named[Q interface {
-	proto.Message
-	GetRequestId() string
-}](request Q) Q {
-	asks, ok := any(request).(interface{ GetValidateOnly() bool })
-	if request.GetRequestId() != "" || ok && asks.GetValidateOnly() {
-		return request
-	}
-	id := make([]byte, 16)
-	rand.Read(id) // which never fails
-	request = proto.CloneOf(request)
-	message := request.ProtoReflect()
-	message.Set(message.Descriptor().Fields().ByName("request_id"), protoreflect.ValueOfString(hex.EncodeToString(id)))
-	return request
 }

@@ -1,36 +1,15 @@
 //! The client: one connection and the verbs of all services.
 
-use std::{
-    env,
-    future::Future,
-    pin::Pin,
-    sync::{
-        atomic::{AtomicU64, Ordering},
-        Arc,
-    },
-    time::Duration,
-};
-
-use prost::Message;
-use tokio::time::{sleep, Instant};
-use tokio_util::sync::CancellationToken;
-use tonic::{
-    metadata::{Ascii, MetadataValue},
-    transport::Channel,
-    Request, Response, Status, Streaming,
-};
+use std::{env, sync::Arc, time::Duration};
 
 use crate::{
+    calls::Core,
     errors::{Error, Result},
     options::{Options, DEFAULT_ADDRESS},
-    retry::{random, Budget, Tries},
-    stream::{limited, GenerateStream, Messages, Receiver},
-    v1::{
-        generation_service_client::GenerationServiceClient, job_service_client::JobServiceClient,
-        model_service_client::ModelServiceClient,
-        quantization_service_client::QuantizationServiceClient,
-        runtime_service_client::RuntimeServiceClient, *,
-    },
+    receiver::Resume,
+    retry::random,
+    stream::{GenerateStream, Messages},
+    v1::*,
 };
 
 const SERVER_DRAIN: Duration = Duration::from_secs(30);
@@ -41,63 +20,8 @@ const SERVER_DRAIN: Duration = Duration::from_secs(30);
 /// `(model, prompt)`. Streams begin with their first read.
 #[derive(Clone)]
 pub struct Client {
-    core: Arc<Core>,
-    timeout: Option<Duration>,
-}
-
-pub(crate) struct Core {
-    pub(crate) options: Options,
-    pub(crate) budget: Budget,
-    pub(crate) closed: CancellationToken,
-    authorization: Option<MetadataValue<Ascii>>,
-    address: String,
-    generation: GenerationServiceClient<Channel>,
-    jobs: JobServiceClient<Channel>,
-    models: ModelServiceClient<Channel>,
-    quantization: QuantizationServiceClient<Channel>,
-    runtime: RuntimeServiceClient<Channel>,
-}
-
-/// Runs a connection's tasks until its client is closed.
-struct Tasks(CancellationToken);
-
-/// Sees each message of a stream that resumes.
-type Note<R> = Box<dyn Fn(&R) + Send + Sync>;
-
-type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
-
-impl hyper::rt::Executor<Task> for Tasks {
-    fn execute(&self, task: Task) {
-        tokio::spawn(self.0.clone().run_until_cancelled_owned(task));
-    }
-}
-
-impl Core {
-    /// Dresses a message for one try.
-    fn request<M: Message>(
-        &self,
-        message: M,
-        deadline: Option<Instant>,
-    ) -> std::result::Result<Request<M>, Status> {
-        let (bytes, most) = (message.encoded_len(), self.options.max_message_bytes);
-        if bytes > most {
-            let told = format!("the request has {bytes} bytes, max_message_bytes is {most}");
-            return Err(Status::resource_exhausted(told));
-        }
-        let mut request = Request::new(message);
-        if let Some(deadline) = deadline {
-            request.set_timeout(deadline.saturating_duration_since(Instant::now()));
-        }
-        let metadata = request.metadata_mut();
-        if let Some(authorization) = &self.authorization {
-            metadata.insert("authorization", authorization.clone());
-        }
-        let trace = self.options.traceparent.as_ref().and_then(|make| make());
-        if let Some(Ok(trace)) = trace.map(|trace| trace.parse()) {
-            metadata.insert("traceparent", trace);
-        }
-        Ok(request)
-    }
+    pub(crate) core: Arc<Core>,
+    pub(crate) timeout: Option<Duration>,
 }
 
 /// A function that sends a request to a method of a stub.
@@ -188,6 +112,34 @@ starters! {
     quantization.evaluate(EvaluateRequest);
 }
 
+/// Verbs that give the items of all pages, fetching one after another.
+macro_rules! lists {
+    ($($(#[$doc:meta])* $stub:ident.$verb:ident($request:ident) -> $item:ty: $method:ident;)*) => {
+        impl Client { $(
+            $(#[$doc])*
+            pub fn $verb(&self, request: $request) -> Messages<$item> {
+                let client = self.clone();
+                self.pages(request.page_token.clone(), move |page_token| {
+                    let request = $request { page_token, ..request.clone() };
+                    let client = client.clone();
+                    async move {
+                        let timeout = client.core.options.call_timeout;
+                        let page = client.call(request, timeout, again, rpc!(client.$stub.$method)).await?;
+                        Ok((page.$verb, page.next_page_token))
+                    }
+                })
+            }
+        )* }
+    };
+}
+
+lists! {
+    /// Gives all models by name, fetching page after page.
+    models.models(ListModelsRequest) -> Model: list_models;
+    /// Gives all jobs, newest first, fetching page after page.
+    jobs.jobs(ListJobsRequest) -> Job: list_jobs;
+}
+
 impl Client {
     /// Makes a client inside a tokio runtime; it connects with its first call.
     ///
@@ -204,28 +156,7 @@ impl Client {
         if address.is_empty() {
             address = DEFAULT_ADDRESS.to_owned();
         }
-        let (endpoint, authorization) = options.endpoint(&address)?;
-        let closed = CancellationToken::new();
-        let channel = endpoint.executor(Tasks(closed.clone())).connect_lazy();
-        let size = options.max_message_bytes;
-        macro_rules! stub {
-            ($stub:ident) => {
-                $stub::new(channel.clone()).max_decoding_message_size(size)
-            };
-        }
-        let core = Core {
-            budget: Budget::new(&options),
-            options,
-            closed,
-            authorization,
-            address,
-            generation: stub!(GenerationServiceClient),
-            jobs: stub!(JobServiceClient),
-            models: stub!(ModelServiceClient),
-            quantization: stub!(QuantizationServiceClient),
-            runtime: stub!(RuntimeServiceClient),
-        };
-        Ok(Self { core: Arc::new(core), timeout: None })
+        Ok(Self { core: Arc::new(Core::new(address, options)?), timeout: None })
     }
 
     /// HOST:PORT of the server.
@@ -245,28 +176,16 @@ impl Client {
 
     /// Starts a generation, given `(model, prompt)`, a chat or a whole request.
     pub fn generate(&self, request: impl Into<GenerateRequest>) -> GenerateStream {
-        let request = request.into();
-        let timeout = self.core.options.stream_timeout;
+        let (request, timeout) = (request.into(), self.core.options.stream_timeout);
         let id = request.request_id.clone();
-        GenerateStream::new(self.open(
-            timeout,
-            id,
-            move || request.clone(),
-            rpc!(self.generation.generate),
-            None,
-        ))
+        let messages = self.open(request, timeout, None, rpc!(self.generation.generate));
+        GenerateStream::new(id, messages)
     }
 
     /// Starts to load a model and gives its progress. The load is cancelled with its last reader.
     pub fn load(&self, request: impl Into<LoadRequest>) -> Messages<LoadResponse> {
-        let (request, timeout) = (request.into(), self.core.options.stream_timeout);
-        self.open(
-            timeout,
-            String::new(),
-            move || request.clone(),
-            rpc!(self.models.load),
-            Some(Box::new(|_| {})),
-        )
+        let timeout = self.core.options.stream_timeout;
+        self.open(request.into(), timeout, Some(|_, _| {}), rpc!(self.models.load))
     }
 
     /// Takes a model off its devices once its streams have ended.
@@ -282,52 +201,15 @@ impl Client {
         &self,
         request: impl Into<WatchModelRequest>,
     ) -> Messages<WatchModelResponse> {
-        let request = request.into();
-        self.open(None, String::new(), move || request.clone(), rpc!(self.models.watch_model), None)
-    }
-
-    /// Gives all models by name, fetching page after page.
-    pub fn models(&self, request: ListModelsRequest) -> Messages<Model> {
-        let client = self.clone();
-        self.pages(request.page_token.clone(), move |page_token| {
-            let (client, mut request) = (client.clone(), request.clone());
-            request.page_token = page_token;
-            async move {
-                let timeout = client.core.options.call_timeout;
-                let page =
-                    client.call(request, timeout, again, rpc!(client.models.list_models)).await?;
-                Ok((page.models, page.next_page_token))
-            }
-        })
-    }
-
-    /// Gives all jobs, newest first, fetching page after page.
-    pub fn jobs(&self, request: ListJobsRequest) -> Messages<Job> {
-        let client = self.clone();
-        self.pages(request.page_token.clone(), move |page_token| {
-            let (client, mut request) = (client.clone(), request.clone());
-            request.page_token = page_token;
-            async move {
-                let timeout = client.core.options.call_timeout;
-                let page =
-                    client.call(request, timeout, again, rpc!(client.jobs.list_jobs)).await?;
-                Ok((page.jobs, page.next_page_token))
-            }
-        })
+        self.open(request.into(), None, None, rpc!(self.models.watch_model))
     }
 
     /// Gives a job's events, past ones first, until it ends; none is missed and none comes
     /// twice, also when the connection breaks.
     pub fn watch_job(&self, request: impl Into<WatchJobRequest>) -> Messages<WatchJobResponse> {
-        let request = request.into();
-        let seen = Arc::new(AtomicU64::new(request.after_sequence));
-        let last = seen.clone();
-        let make = move || WatchJobRequest {
-            after_sequence: seen.load(Ordering::Relaxed),
-            ..request.clone()
-        };
-        let note = move |event: &WatchJobResponse| last.store(event.sequence, Ordering::Relaxed);
-        self.open(None, String::new(), make, rpc!(self.jobs.watch_job), Some(Box::new(note)))
+        let after: Resume<_, WatchJobResponse> =
+            |request: &mut WatchJobRequest, event| request.after_sequence = event.sequence;
+        self.open(request.into(), None, Some(after), rpc!(self.jobs.watch_job))
     }
 
     /// Waits until a job ends; fails when it did not succeed.
@@ -368,95 +250,6 @@ impl Client {
 
     /// Gives snapshots of memory, queues and throughput, until dropped.
     pub fn watch_runtime(&self, request: WatchRuntimeRequest) -> Messages<WatchRuntimeResponse> {
-        self.open(None, String::new(), move || request, rpc!(self.runtime.watch_runtime), None)
-    }
-
-    async fn call<M: Message + Clone, R, F>(
-        &self,
-        message: M,
-        timeout: Duration,
-        repeatable: bool,
-        send: impl Fn(Request<M>) -> F,
-    ) -> Result<R>
-    where
-        F: Future<Output = std::result::Result<Response<R>, Status>>,
-    {
-        let core = &self.core;
-        let mut tries = Tries::new(Some(self.timeout.unwrap_or(timeout)), repeatable);
-        // On the heap, because it is big and each layer around it would make it bigger.
-        let tried = core.closed.run_until_cancelled(Box::pin(async {
-            loop {
-                let request = core.request(message.clone(), tries.deadline);
-                let sent = async { send(request?).await };
-                let error = match limited(tries.deadline, sent).await {
-                    Some(Ok(response)) => {
-                        tries.succeeded(&core.options, &core.budget);
-                        return Ok(response.into_inner());
-                    }
-                    Some(Err(status)) => Error::from(status),
-                    None => Error::deadline(),
-                };
-                match tries.wait(&error, &core.options, &core.budget) {
-                    Some(wait) => sleep(wait).await,
-                    None => return Err(error),
-                }
-            }
-        }));
-        tried.await.unwrap_or_else(|| Err(Error::cancelled()))
-    }
-
-    fn open<M: Message + 'static, R: Send + 'static, F>(
-        &self,
-        timeout: Option<Duration>,
-        id: String,
-        make: impl Fn() -> M + Send + Sync + 'static,
-        send: impl Fn(Request<M>) -> F + Send + Sync + 'static,
-        note: Option<Note<R>>,
-    ) -> Messages<R>
-    where
-        F: Future<Output = std::result::Result<Response<Streaming<R>>, Status>> + Send + 'static,
-    {
-        let core = self.core.clone();
-        let tries = Tries::new(self.timeout.or(timeout), again);
-        let receiver = Receiver::new(core.clone(), tries, note.is_some(), move |deadline| {
-            let sent = core.request(make(), deadline).map(&send);
-            Box::pin(async { sent?.await })
-        });
-        let shared = Arc::new((id, note));
-        Messages::new(&self.core, receiver, move |mut receiver| {
-            let shared = shared.clone();
-            async move {
-                let message = receiver.read().await.map_err(|error| error.named(&shared.0))?;
-                if let (Some(note), Some(message)) = (&shared.1, &message) {
-                    note(message);
-                }
-                Ok(message.map(|message| (message, receiver)))
-            }
-        })
-    }
-
-    fn pages<T: Send + 'static, F>(
-        &self,
-        first: String,
-        fetch: impl Fn(String) -> F + Send + Sync + 'static,
-    ) -> Messages<T>
-    where
-        F: Future<Output = Result<(Vec<T>, String)>> + Send + 'static,
-    {
-        let fetch = Arc::new(fetch);
-        let state = (Vec::new().into_iter(), Some(first));
-        Messages::new(&self.core, state, move |(mut page, mut token)| {
-            let fetch = fetch.clone();
-            async move {
-                loop {
-                    if let Some(item) = page.next() {
-                        return Ok(Some((item, (page, token))));
-                    }
-                    let Some(page_token) = token.take() else { return Ok(None) };
-                    let (items, next) = fetch(page_token).await?;
-                    (page, token) = (items.into_iter(), Some(next).filter(|next| !next.is_empty()));
-                }
-            }
-        })
+        self.open(request, None, None, rpc!(self.runtime.watch_runtime))
     }
 }

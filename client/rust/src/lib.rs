@@ -1,9 +1,11 @@
 #![forbid(unsafe_code)]
 #![doc = include_str!("../README.md")]
 
+mod calls;
 mod client;
 mod errors;
 mod options;
+mod receiver;
 mod requests;
 mod retry;
 mod stream;

@@ -12,14 +12,11 @@ use futures_util::{
     future::poll_fn,
     stream::{unfold, Stream},
 };
-use tokio::time::{sleep, timeout_at, Instant};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Response, Status, Streaming};
 
 use crate::{
-    client::Core,
-    errors::{Error, Kind, Result},
-    retry::{wait, Tries},
+    calls::Core,
+    errors::{Error, Result},
     v1::{
         generate_response::Event, Completed, Delta, GenerateResponse, LoadResponse, OutputFinished,
         Started, Token,
@@ -73,7 +70,7 @@ impl<T: 'static> Messages<T> {
         poll_fn(|context| Pin::new(&mut *self).poll_next(context)).await
     }
 
-    /// Cancels the call; reading on gives an error of [`Kind::Cancelled`] once.
+    /// Cancels the call; reading on gives an error of [`Kind::Cancelled`](crate::Kind::Cancelled) once.
     pub fn cancel(&self) {
         self.canceller().cancel();
     }
@@ -160,6 +157,7 @@ impl fmt::Display for Chunk {
 /// A generation. Reading gives chunks; the rest is known once it has come.
 #[derive(Debug)]
 pub struct GenerateStream {
+    request_id: String,
     messages: Messages<GenerateResponse>,
     started: Option<Started>,
     finished: Option<OutputFinished>,
@@ -168,8 +166,9 @@ pub struct GenerateStream {
 }
 
 impl GenerateStream {
-    pub(crate) fn new(messages: Messages<GenerateResponse>) -> Self {
-        Self { messages, started: None, finished: None, completed: None, text: String::new() }
+    pub(crate) fn new(request_id: String, messages: Messages<GenerateResponse>) -> Self {
+        let (started, finished, completed, text) = (None, None, None, String::new());
+        Self { request_id, messages, started, finished, completed, text }
     }
 
     /// The next chunk, or how the generation failed; nothing after its end.
@@ -205,7 +204,7 @@ impl GenerateStream {
         self.completed.as_ref()
     }
 
-    /// Cancels the call; reading on gives an error of [`Kind::Cancelled`] once.
+    /// Cancels the call; reading on gives an error of [`Kind::Cancelled`](crate::Kind::Cancelled) once.
     pub fn cancel(&self) {
         self.messages.cancel();
     }
@@ -221,7 +220,7 @@ impl Stream for GenerateStream {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         while let Some(message) = ready!(Pin::new(&mut self.messages).poll_next(context)) {
-            match message?.event {
+            match message.map_err(|error| error.named(&self.request_id))?.event {
                 Some(Event::Started(started)) => self.started = Some(started),
                 Some(Event::OutputFinished(finished)) => self.finished = Some(finished),
                 Some(Event::Completed(completed)) => self.completed = Some(completed),
@@ -237,97 +236,5 @@ impl Stream for GenerateStream {
             }
         }
         Poll::Ready(None)
-    }
-}
-
-pub(crate) type Opening<T> =
-    Pin<Box<dyn Future<Output = std::result::Result<Response<Streaming<T>>, Status>> + Send>>;
-
-/// A server stream, tried again until its first message and resumed after it, if it may be.
-pub(crate) struct Receiver<T> {
-    core: Arc<Core>,
-    tries: Tries,
-    open: Box<dyn Fn(Option<Instant>) -> Opening<T> + Send + Sync>,
-    resumes: bool,
-    call: Option<Streaming<T>>,
-    seen: bool,
-    breaks: u32,
-    /// When the time to resume after a break is over.
-    until: Option<Instant>,
-}
-
-impl<T> Receiver<T> {
-    pub(crate) fn new(
-        core: Arc<Core>,
-        tries: Tries,
-        resumes: bool,
-        open: impl Fn(Option<Instant>) -> Opening<T> + Send + Sync + 'static,
-    ) -> Self {
-        let open = Box::new(open);
-        Self { core, tries, open, resumes, call: None, seen: false, breaks: 0, until: None }
-    }
-
-    pub(crate) async fn read(&mut self) -> Result<Option<T>> {
-        loop {
-            let error = match self.attempt().await {
-                Ok(message) => {
-                    if !self.seen {
-                        self.tries.succeeded(&self.core.options, &self.core.budget);
-                    }
-                    (self.seen, self.breaks, self.until) = (true, 0, None);
-                    return Ok(message);
-                }
-                Err(error) => error,
-            };
-            self.call = None;
-            let wait = match self.seen {
-                false => self.tries.wait(&error, &self.core.options, &self.core.budget),
-                true => self.resume(&error),
-            };
-            match wait {
-                Some(wait) => sleep(wait).await,
-                None => return Err(error),
-            }
-        }
-    }
-
-    async fn attempt(&mut self) -> Result<Option<T>> {
-        let (deadline, until) = (self.tries.deadline, self.until);
-        let read = async {
-            let call = match &mut self.call {
-                Some(call) => call,
-                none => none.insert((self.open)(deadline).await?.into_inner()),
-            };
-            call.message().await
-        };
-        let limit = deadline.into_iter().chain(until).min();
-        match limited(limit, read).await {
-            Some(result) => Ok(result?),
-            None if limit == deadline => Err(Error::deadline()),
-            None => Err(Error::new(
-                Kind::Unavailable,
-                Code::Unavailable,
-                "the server did not come back",
-            )),
-        }
-    }
-
-    fn resume(&mut self, error: &Error) -> Option<std::time::Duration> {
-        if !self.resumes || !error.is_broken() {
-            return None;
-        }
-        let now = Instant::now();
-        let until = *self.until.get_or_insert(now + self.core.options.resume_timeout);
-        self.breaks += 1;
-        let wait = wait(error, &self.core.options, self.breaks);
-        (now + wait < until && self.tries.allows(wait)).then_some(wait)
-    }
-}
-
-/// Waits for a result until `limit`; gives nothing when the time is over.
-pub(crate) async fn limited<F: Future>(limit: Option<Instant>, work: F) -> Option<F::Output> {
-    match limit {
-        Some(limit) => timeout_at(limit, work).await.ok(),
-        None => Some(work.await),
     }
 }

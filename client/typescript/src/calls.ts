@@ -106,8 +106,9 @@ export class Calls {
         const wait = error.retryAfter === undefined ? bound * between(0.5, 1) : error.retryAfter * between(1, 1.1);
         if (now() + wait >= deadline) throw error;
         if (seen) {
+          const refused = resumeBy !== undefined && error.retryAfter !== undefined;
           resumeBy ??= now() + resumeTimeout;
-          if (!how.resume || !isBroken(error) || now() + wait >= resumeBy) throw error;
+          if (!how.resume || !(isBroken(error) || refused) || now() + wait >= resumeBy) throw error;
         } else {
           const safe =
             error.retryAfter !== undefined || (error.code === "UNAVAILABLE" && (how.again || isUnconnected(error)));

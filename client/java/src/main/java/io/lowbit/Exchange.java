@@ -76,7 +76,7 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
     int size = request.getSerializedSize();
     if (size > transport.options.maxMessageBytes) { // gRPC's own check can leave a call hanging
       String told = "the request has " + size + " bytes, more than maxMessageBytes";
-      end(Errors.from(Status.RESOURCE_EXHAUSTED.withDescription(told), null, request));
+      end(Failures.from(Status.RESOURCE_EXHAUSTED.withDescription(told), null, request));
       return;
     }
     try {
@@ -86,7 +86,7 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
       call.sendMessage(request);
       call.halfClose();
     } catch (RuntimeException broken) { // such as a traceparent function that throws
-      end(Errors.from(Status.UNKNOWN.withDescription("not sent").withCause(broken), null, request));
+      end(Failures.from(Status.UNKNOWN.withDescription("not sent").withCause(broken), null, request));
     }
   }
 
@@ -109,7 +109,7 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
     if (ended) {
       return;
     }
-    LowbitException failed = status.isOk() ? null : Errors.from(status, trailers, request);
+    LowbitException failed = status.isOk() ? null : Failures.from(status, trailers, request);
     Duration wait = failed == null ? null : last == null ? retry(failed) : resume(failed);
     if (wait == null) {
       end(failed);
@@ -238,7 +238,7 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
       return;
     }
     messages.clear();
-    end(Errors.cancelled(request));
+    end(Failures.cancelled(request));
     if (next != null) {
       next.cancel(false);
     }
