@@ -17,7 +17,10 @@ help: ## List the commands
 demo: $(READY) ## Import a model, quantize it, load it, stream from it, measure it
 	@$(BIN)/lowbit demo $(DEMO_FLAGS)
 
-test: $(READY) lint proto checkgenerate unit ## Lint, check the API and the generated code, run all tests
+test: $(READY) lint proto checkgenerate unit conformance ## Lint, check the API and the generated code, run all tests
+
+# With Python the suite is played among the tests of `unit`.
+test: CONFORMANCE_FLAGS := --lang typescript go java rust
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .

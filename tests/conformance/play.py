@@ -233,6 +233,8 @@ class Play:
         kind, _, name = value.partition(":")
         if kind == "$source":
             return self._stage.source(name)
+        if kind == "$weights":
+            return self._stage.weights(name)
         if kind == "$job":
             id_, _, _ = self._calls[name]
             events = self._testee.wait(id_, len, "job")

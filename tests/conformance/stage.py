@@ -130,6 +130,19 @@ class Stage:
         """Return the path of a source folder of a scripted model, made when it is missing."""
         return self._source(name, 0, {})
 
+    def weights(self, name: str) -> str:
+        """Return the path of a source folder of a tiny model with random weights."""
+        folder = self._sources / name
+        if not folder.exists():
+            # Imported here, because they import torch.
+            from transformers.utils import logging  # noqa: PLC0415
+
+            from tests.models.quantkit import random_source  # noqa: PLC0415
+
+            logging.disable_progress_bar()
+            random_source(folder, model_type="llama")
+        return str(folder)
+
     # What scenarios do.
 
     def kill_worker(self) -> None:
@@ -177,6 +190,8 @@ class Stage:
     def _start(self, listen: str) -> None:
         settings = {f"LOWBIT_{name.upper()}": text for name, text in self._spec.settings.items()}
         settings["LOWBIT_IMPORT_ROOTS"] = str(self._sources)
+        # Several threads would wait for each other where the machine is busy with other things.
+        settings["OMP_NUM_THREADS"] = settings["LOWBIT_THREADS_PER_WORKER"] = "1"
         if self._spec.tls:
             settings["LOWBIT_TLS_CERTIFICATE"] = str(self.files["server_certificate"])
             settings["LOWBIT_TLS_KEY"] = str(self.files["server_key"])

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import pytest
-
 from tests.conformance.play import variants
-from tests.conformance.run import known_failing, play_suite
+from tests.conformance.run import known_failing, play_suites
 from tests.conformance.schema import load, suites
 from tests.conformance.testee import Testee, languages
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
+def test_every_scenario() -> None:
+    problems = {}
+    seen = 0
 
-@pytest.fixture(scope="module")
-def testee() -> Iterator[Testee]:
-    """One process of the testee for all suites."""
+    def report(name: str, problem: str, seconds: float) -> None:
+        nonlocal seen
+        seen += 1
+        if problem:
+            problems[name] = problem
+
     with Testee("python") as testee:
-        yield testee
-
-
-@pytest.mark.parametrize("file", list(suites()), ids=lambda file: file.stem)
-def test_suite(testee: Testee, file: Path) -> None:
-    problems = {name: problem for name, problem, _ in play_suite(file, testee) if problem}
+        play_suites(testee, report)
     assert not problems
+    assert seen
 
 
 def test_nothing_is_known_to_fail() -> None:

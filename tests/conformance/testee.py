@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,7 @@ class Testee:
         self._changed = threading.Condition()
         self._broken = ""
         self._process: subprocess.Popen[str] | None = None
-        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long
+        self._stderr = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115 - it lives as long
 
     def missing(self) -> list[str]:
         """Return the programs that it needs and that are not on PATH."""
@@ -66,11 +67,28 @@ class Testee:
             if done.returncode:
                 raise TesteeError(f"{' '.join(command)} failed:\n{done.stdout[-8000:]}")
 
+    def chat(self, address: str, model: str, question: str) -> str:
+        """Return what the SDK's example of a chat prints; raise TesteeError when it fails."""
+        done = subprocess.run(
+            [*self._command("chat"), model, question],
+            cwd=self._folder,
+            env=os.environ | {"LOWBIT_ADDRESS": address},
+            capture_output=True,
+            text=True,
+            timeout=EVENT_TIMEOUT_S,
+            check=False,
+        )
+        if done.returncode:
+            raise TesteeError(f"its chat ended with exit code {done.returncode}:\n{done.stderr}")
+        return done.stdout
+
+    def _command(self, name: str) -> list[str]:
+        return [sys.executable if one == "$python" else one for one in self._spec[name]]
+
     def __enter__(self) -> Self:
         """Start it."""
-        command = [sys.executable if one == "$python" else one for one in self._spec["run"]]
         self._process = subprocess.Popen(
-            command,
+            self._command("run"),
             cwd=self._folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -110,8 +128,7 @@ class Testee:
 
     def stderr(self) -> str:
         """Return what it wrote on standard error."""
-        self._stderr.seek(0)
-        return self._stderr.read()
+        return Path(self._stderr.name).read_text()  # not by its own handle, which it writes to
 
     def events(self, id_: int) -> list[dict[str, Any]]:
         """Return the events of a call so far."""

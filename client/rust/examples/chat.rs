@@ -14,7 +14,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let question = arguments.next().ok_or("which question?")?;
     let client = Client::new("", Options::default())?;
 
-    let chat = (&*model, [(Role::System, "Be brief."), (Role::User, &*question)]);
+    let chat = (&*model, [(Role::User, &*question)]);
     let mut stream = client.generate(GenerateRequest {
         sampling: Some(Sampling { temperature: Some(0.7), seed: Some(1), ..Default::default() }),
         stopping: Some(Stopping { max_tokens: Some(200), ..Default::default() }),
