@@ -67,7 +67,7 @@ class System:
     def run(self, cells: list[dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], int]:
         """Return what it says of each cell, and its peak bytes."""
         plan = json.dumps({"model": str(self.model), "cells": cells})
-        environment = os.environ | {"OMP_NUM_THREADS": "2"}
+        environment = os.environ | {"OMP_NUM_THREADS": "2", "THP_MEM_ALLOC_ENABLE": "1"}
         done = subprocess.run(  # noqa: S603  (our own)
             [self.python, ENGINES / self.script, plan],
             env=environment,

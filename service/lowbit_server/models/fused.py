@@ -59,22 +59,26 @@ class FusedLayer(nn.Module):
         gates = {f"{mlp}.{part}_proj": inner for part in ("gate", "up")}
         self._gate_up = checkpoint.linear(gates, hidden)
         self._down = checkpoint.linear({f"{mlp}.down_proj": hidden}, inner)
+        # As a module has them, buffers and modules take a slow look-up at every use.
+        self._products = tuple(
+            one.forward for one in (self._qkv, self._output, self._gate_up, self._down)
+        )
+        self._norms = (self._norm, self._head_norms, self._mlp_norm)
 
     def forward(self, hidden: Tensor, attention: Attention, cache: tuple[Tensor, Tensor]) -> None:
         """Add what the layer finds to hidden states (tokens, hidden), in place."""
-        normed = normalized(hidden, self._norm, self._epsilon)
-        heads = self._qkv.forward(normed).view(len(hidden), -1, self._size)
+        qkv, output, gate_up, down = self._products
+        norm, head_norms, mlp_norm = self._norms
+        heads = qkv(normalized(hidden, norm, self._epsilon)).view(hidden.shape[0], -1, self._size)
         turned, value = heads[:, : self._turned], heads[:, self._turned :]
-        if self._head_norms is not None:
-            turned = normalized(turned, self._head_norms, self._epsilon)
+        if head_norms is not None:
+            turned = normalized(turned, head_norms, self._epsilon)
         if self._rotary:
             turned = attention.turn(turned)
         query, key = turned[:, : self._heads], turned[:, self._heads :]
-        found = attention.attend((query, key, value), cache, self._window)
-        hidden += self._output.forward(found)
-        normed = normalized(hidden, self._mlp_norm, self._epsilon)
-        gate, up = self._gate_up.forward(normed).chunk(2, dim=-1)
-        hidden += self._down.forward(functional.silu(gate).mul_(up))
+        hidden += output(attention.attend((query, key, value), cache, self._window))
+        gate, up = gate_up(normalized(hidden, mlp_norm, self._epsilon)).chunk(2, dim=-1)
+        hidden += down(functional.silu(gate).mul_(up))
 
     @staticmethod
     def _read_head_norms(

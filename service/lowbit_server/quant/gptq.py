@@ -14,7 +14,7 @@ from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.quant.calibrated import Calibrated, stacked
 from lowbit_server.quant.decoder import ACTIVATIONS
 from lowbit_server.quant.dynamic import overrides
-from lowbit_server.quant.grids import check_finite, grid
+from lowbit_server.quant.grids import check_finite, fitted
 from lowbit_server.quant.packing import PackedLinear, quantization_config
 
 if TYPE_CHECKING:
@@ -101,11 +101,13 @@ def quantize(
     reference implementation's "act order") on grids that are fixed before ("static
     groups"), so that groups stay runs of neighbouring columns. Without it, each group's
     grid is laid when its turn comes, over weights that have taken up earlier errors.
+    Grids are `fitted` to the weights, each as important as its input is loud.
     """
     columns, rows = weight.shape[1], weight.shape[0]
     size = columns if scheme.group_size == -1 else scheme.group_size
     work = weight.float().T.contiguous()
     diagonal = gram.diagonal()
+    importance = diagonal + scheme.damp * diagonal.mean()
     # An input that is always zero has no say; its weights round like any others.
     gram = gram + torch.diag((diagonal == 0).float())
     order = torch.arange(columns, device=weight.device)
@@ -113,7 +115,7 @@ def quantize(
     zeros = torch.empty(columns // size, rows, dtype=torch.int32, device=weight.device)
     if scheme.desc_act:
         parts = work.reshape(-1, size, rows)
-        scales, zeros = grid(parts, bits, sym=scheme.sym)
+        scales, zeros = fitted(parts, importance.view(-1, size, 1), bits, sym=scheme.sym)
         order = diagonal.argsort(descending=True, stable=True)
         work, gram = work[order], gram[order][:, order]
     factor = inverse_factor(gram, scheme.damp)
@@ -132,7 +134,9 @@ def quantize(
             group = places[column] // size
             if not scheme.desc_act and column % size == 0:
                 ahead = work[None, column : column + size]
-                scales[group], zeros[group] = (one[0] for one in grid(ahead, bits, sym=scheme.sym))
+                loud = importance[None, column : column + size, None]
+                laid = fitted(ahead, loud, bits, sym=scheme.sym)
+                scales[group], zeros[group] = (one[0] for one in laid)
                 steps[group], offsets[group] = scales[group].float(), zeros[group].float()
             step, offset = steps[group], offsets[group]
             value, code, error = part[index], rounded[index], errors[index]

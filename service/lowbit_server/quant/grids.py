@@ -9,6 +9,10 @@ import torch
 
 from lowbit_server.errors import invalid
 
+# Grids that are tried for each group, and how far the last one is drawn in.
+_GRIDS = 8
+_DRAWN_IN = 0.5
+
 
 def grid(parts: torch.Tensor, bits: int, *, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scales fp16 and zero points int32 (groups, out) of weights (groups, size, out).
@@ -44,6 +48,43 @@ def between(
     else:
         zeros = (-low / scales.float()).round().clamp(1, last).to(torch.int32)
     return scales, zeros
+
+
+def fitted(
+    parts: torch.Tensor, importance: torch.Tensor, bits: int, *, sym: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales fp16 and zero points int32 (groups, out) of weights (groups, size, out).
+
+    Of grids drawn in by up to `_DRAWN_IN` at both ends, each group and row gets that whose
+    rounding errors, squared and weighted by `importance` (groups, size, 1), are least: a
+    large weight is cut off where that serves the others. Without calibration all weights are
+    as important, and the full `grid` is the safe choice.
+    """
+    low, high = parts.amin(dim=1), parts.amax(dim=1)
+    found = between(low, high, bits, sym=sym)
+    least = _loss(parts, importance, *found, bits)
+    for step in range(1, _GRIDS):
+        kept = 1 - _DRAWN_IN * step / (_GRIDS - 1)
+        drawn = between(low * kept, high * kept, bits, sym=sym)
+        loss = _loss(parts, importance, *drawn, bits)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        scales, zeros = (torch.where(better, *pair) for pair in zip(drawn, found, strict=True))
+        found = scales, zeros
+    return found
+
+
+def _loss(
+    parts: torch.Tensor,
+    importance: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    bits: int,
+) -> torch.Tensor:
+    """Return the weighted squared rounding errors of grids, (groups, out)."""
+    steps = nearest(parts, scales, zeros, bits).to(torch.int32) - zeros[:, None]
+    errors = (steps * scales.float()[:, None]).sub_(parts)
+    return errors.square_().mul_(importance).sum(dim=1)
 
 
 def nearest(

@@ -28,7 +28,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = parse(sys.argv[1:])
     # Read by torch and by the Hugging Face libraries when they are imported.
-    os.environ.update(OMP_NUM_THREADS=str(settings.threads), HF_HUB_OFFLINE="1")
+    # Large pages: reading all weights for each token, the processor would look up many small.
+    os.environ.update(
+        OMP_NUM_THREADS=str(settings.threads), HF_HUB_OFFLINE="1", THP_MEM_ALLOC_ENABLE="1"
+    )
     threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
     logs.configure("info")
     inbox = make_inbox()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.quant.gptq import inverse_factor, quantize
-from lowbit_server.quant.grids import grid, nearest
+from lowbit_server.quant.grids import fitted, grid, nearest
 from lowbit_server.quant.schemes import GptqScheme
 
 SCHEMES = [
@@ -51,12 +51,14 @@ def by_elimination(weight: torch.Tensor, gram: torch.Tensor, scheme: GptqScheme)
     size = columns if scheme.group_size == -1 else scheme.group_size
     work = weight.double().clone()
     gram = gram.double()
+    loudness = gram.diagonal() + scheme.damp * gram.diagonal().mean()
+    importance = loudness.float().reshape(-1, size, 1)
+    scales, zeros = fitted(
+        weight.float().T.reshape(-1, size, len(weight)), importance, scheme.bits, sym=scheme.sym
+    )
     gram = gram + torch.eye(columns) * scheme.damp * gram.diagonal().mean()
     inverse = torch.linalg.inv(gram)
     order = list(range(columns))
-    scales, zeros = grid(
-        weight.float().T.reshape(-1, size, len(weight)), scheme.bits, sym=scheme.sym
-    )
     if scheme.desc_act:
         order.sort(key=lambda column: -float(gram[column, column]))
     codes = torch.empty(columns, len(weight), dtype=torch.uint8)
@@ -64,9 +66,8 @@ def by_elimination(weight: torch.Tensor, gram: torch.Tensor, scheme: GptqScheme)
         group = column // size
         if not scheme.desc_act and column % size == 0:
             part = work[:, column : column + size].T[None].float()
-            scales[group], zeros[group] = (
-                one[0] for one in grid(part, scheme.bits, sym=scheme.sym)
-            )
+            laid = fitted(part, importance[group, None], scheme.bits, sym=scheme.sym)
+            scales[group], zeros[group] = (one[0] for one in laid)
         step, zero = scales[group].double(), zeros[group]
         code = ((work[:, column] / step).round() + zero).clamp(0, 2**scheme.bits - 1)
         codes[column] = code.to(torch.uint8)
@@ -112,6 +113,27 @@ def test_its_output_error_is_below_that_of_nearest_rounding(seed: int, scheme: G
     assert error(ours) < error(plain)
 
 
+@given(seed=st.integers(0, 1000), bits=st.sampled_from([2, 3, 4, 8]), sym=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_fitted_grids_lose_no_more_than_full_ones(seed: int, bits: int, *, sym: bool) -> None:
+    random = torch.Generator().manual_seed(seed)
+    parts = torch.randn(3, 32, 8, generator=random).pow(3)
+    importance = torch.rand(3, 32, 1, generator=random)
+
+    def losses(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        codes = nearest(parts, scales, zeros, bits).double()
+        rounded = (codes - zeros[:, None]) * scales.double()[:, None]
+        return ((rounded - parts.double()) ** 2 * importance.double()).sum(1)
+
+    fit, full = (
+        losses(*fitted(parts, importance, bits, sym=sym)),
+        losses(*grid(parts, bits, sym=sym)),
+    )
+    assert bool((fit <= full * (1 + 1e-5)).all())
+    if bits < 8:
+        assert float(fit.sum()) < float(full.sum())
+
+
 def test_factor_is_that_of_the_damped_inverse() -> None:
     gram = inputs(96).T @ inputs(96)
     factor = inverse_factor(gram, 0.01).double()
@@ -127,8 +149,7 @@ def test_inputs_that_are_never_seen_round_to_nearest() -> None:
     weight = torch.randn(32, 64)
     scheme = GptqScheme()
     codes, zeros, scales = quantize(weight, rows.T @ rows, 4, scheme)
-    off = (values(codes, zeros, scales) - weight.double())[:, 5].abs()
-    assert bool((off <= scales[0].double() * 0.501).all())
+    assert torch.equal(codes[5], nearest(weight.T[None], scales, zeros, 4)[0, 5])
 
 
 def test_a_singular_gram_is_damped_until_it_can_be_factored() -> None:
