@@ -224,9 +224,9 @@ func TestErrorsHaveKindReasonAndDetails(t *testing.T) {
 	if failed.Violations[0].Field != "sampling.temperature" || strings.Contains(err.Error(), "secret") || strings.Contains(err.Error(), "\n") {
 		t.Error(err)
 	}
-	_, err = client.Score(background, &pb.ScoreRequest{
-		Model: "smollm2", Prompt: &pb.ScoreRequest_Text{Text: "a"}, Continuations: []*pb.TokenIds{{Ids: []uint32{1}}},
-	})
+	request = ask("smollm2", "a", 1)
+	request.Constraint = &pb.OutputConstraint{Kind: &pb.OutputConstraint_Regex{Regex: "a+"}}
+	_, err = lowbit.ReadText(client.Generate(background, request))
 	if !errors.Is(err, lowbit.ErrNotImplementedByServer) {
 		t.Error(err)
 	}
@@ -242,6 +242,13 @@ func TestVerbs(t *testing.T) {
 	text, err := client.Detokenize(ctx, &pb.DetokenizeRequest{Model: "smollm2", TokenIds: tokens.TokenIds})
 	if err != nil || text != "héllo" {
 		t.Error(text, err)
+	}
+	scored, err := client.Score(ctx, &pb.ScoreRequest{
+		Model: "smollm2", Prompt: &pb.ScoreRequest_Text{Text: "a"},
+		Continuations: []*pb.TokenIds{{Ids: []uint32{1, 2}}},
+	})
+	if err != nil || len(scored.Scores[0].TokenLogprobs) != 2 {
+		t.Error(scored, err)
 	}
 	var names []string
 	for model, err := range client.Models(ctx, &pb.ListModelsRequest{PageSize: proto.Uint32(1)}) {
