@@ -24,14 +24,17 @@ CONTEXT_TOKENS = 1600
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama in fp32 whose distributions are far from flat."""
+@pytest.fixture(scope="module", params=["llama", "olmo2"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model in fp32 whose distributions are far from flat.
+
+    One that the fused decoder runs, and one that transformers' modules run.
+    """
     folder = tmp_path_factory.mktemp("probabilities") / "source"
     random_source(
         folder,
         torch.float32,
-        model_type="llama",
+        model_type=request.param,
         initializer_range=0.3,
         max_position_embeddings=CONTEXT_TOKENS,
     )

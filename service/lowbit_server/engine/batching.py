@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from lowbit_server.models.decoder import DecoderModel
 
 
+SCORED_CHUNKS = 32
+"""A score that others wait for gives its row up after so many chunks, reads its prompt again
+when it is its turn, and goes on: a thousand continuations must not hold up a prompt."""
+
+
 class BatchingEngine:
     """Runs requests on a `DecoderModel`.
 
@@ -138,7 +143,10 @@ class BatchingEngine:
             return outputs
         if prefill.request.continuations:
             self._check(logits, index)
-            prefill.scoring = Scoring(prefill.request, logits[0])
+            running = prefill.outputs[0]
+            prefill.scoring = running.scoring = running.scoring or Scoring(
+                prefill.request, logits[0]
+            )
             return self._scores(prefill, prefill.scoring)
         return outputs + self._begin(prefill, logits)
 
@@ -164,6 +172,7 @@ class BatchingEngine:
         logits = self._model.logits(self._batch([prefill], [chunk], index))[0]
         self._check(logits, index)
         scoring.take(logits)
+        prefill.scored_chunks += 1
         return self._scores(prefill, scoring)
 
     def _scores(self, prefill: Prefill, scoring: Scoring) -> list[Output]:
@@ -171,6 +180,9 @@ class BatchingEngine:
         if scoring.done:
             self._prefilling = None
             outputs[-1] = self._roster.finish(prefill.outputs[0], outputs[-1])
+        elif self._roster.waiting and outputs and prefill.scored_chunks >= SCORED_CHUNKS:
+            self._prefilling = None
+            self._roster.requeue(prefill.outputs[0])
         return outputs
 
     def _batch(

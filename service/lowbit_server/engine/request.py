@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lowbit_server.engine.scoring import Scoring
+
 
 class Finish(IntEnum):
     """Why an output ended; the numbers of `lowbit.v1.FinishReason`."""
@@ -84,6 +86,8 @@ class Running:
     context_tokens: int
     tokens: list[int] = field(default_factory=list)
     slot_at: float = 0.0
+    scoring: Scoring | None = None
+    """What is known of its continuations, once the prompt was read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,11 @@ class Roster:
         self.running.remove(running)
         return replace(last, finish=Finish.MAX_TOKENS)
 
+    def requeue(self, running: Running) -> None:
+        """Let a request wait again, behind all others."""
+        self.running.remove(running)
+        self._waiting.append([running])
+
     def fail(self, running: Running, message: str) -> Output:
         """End an output that holds a slot with an error."""
         self.running.remove(running)

@@ -31,6 +31,7 @@ class Prefill:
     length: int = 0
     scoring: Scoring | None = None
     """Set once the prompt of a request with continuations is read."""
+    scored_chunks: int = 0
 
     @property
     def request(self) -> Request:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit_server.engine.batching import BatchingEngine
+from lowbit_server.engine.batching import SCORED_CHUNKS, BatchingEngine
 from lowbit_server.engine.kv_cache import BLOCK_TOKENS
 from lowbit_server.engine.request import Finish, Output, Request
 from lowbit_server.models.decoder import CHUNK_TOKENS
@@ -141,3 +141,38 @@ def test_a_token_that_the_model_does_not_know_is_refused() -> None:
     engine = make(CountingModel())
     assert engine.submit(request(((1, VOCAB),)))[0].error
     assert engine.status().due is None
+
+
+def test_a_score_of_many_gives_way_to_those_who_wait() -> None:
+    model = CountingModel()
+    engine = make(model)
+    many = tuple((token % VOCAB, 1 + token // VOCAB, 2) for token in range(5 * SCORED_CHUNKS))
+    engine.submit(request(many))
+    outputs = engine.step()
+    for number in (2, 3):
+        engine.submit(Request(number, (number,), 3))
+    steps = 0
+    while not any(output.request == 2 for output in outputs):
+        outputs += engine.step()
+        steps += 1
+    assert steps <= SCORED_CHUNKS + 1
+    outputs += run(engine)
+    check([output for output in outputs if output.request == 1], PROMPT, many)
+    for number in (2, 3):
+        made = [one for output in outputs if output.request == number for one in output.token_ids]
+        assert made == expected((number,), 3)
+    # Once more after the others came, and never again while nobody waits.
+    assert [tuple(batch.tokens[0]) for batch in model.batches].count(PROMPT) == 2
+
+
+def test_a_score_that_waits_again_can_be_cancelled() -> None:
+    engine = make(CountingModel())
+    engine.submit(request(((1, 2, 3),) * (2 * SCORED_CHUNKS)))
+    engine.step()
+    engine.submit(Request(2, (2,), 500))
+    outputs: list[Output] = []
+    while not any(output.request == 2 for output in outputs):
+        outputs = engine.step()
+    assert engine.status().waiting == 1
+    assert engine.cancel(1) == [Output(1, finish=Finish.CANCELLED)]
+    assert (engine.status().running, engine.status().waiting) == (1, 0)
