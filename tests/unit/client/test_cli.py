@@ -449,6 +449,7 @@ def test_help_names_every_command(run: Run) -> None:
     assert code == 0
     for name in (
         *("import", "quantize", "estimate", "evaluate", "compare", "load", "unload", "generate"),
+        "score",
         *("models", "jobs"),
         *("devices", "info", "schemes", "demo"),
     ):

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
 
-from lowbit.v1.generation_pb2 import Delta, GenerateResponse
+from lowbit.v1.generation_pb2 import (
+    ContinuationScore,
+    Delta,
+    GenerateResponse,
+    ScoreResponse,
+    TokenizeResponse,
+)
 from tests.unit.client.fake import Endless, events, refuse
 
 if TYPE_CHECKING:
@@ -72,3 +78,36 @@ def test_control_c_cancels_and_exits_with_130(server: FakeServer) -> None:
         assert endless.was_cancelled()
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, b"\n", b"")
+
+
+def test_score_prints_a_row_for_each_continuation(server: FakeServer, run: Run) -> None:
+    server.on["Tokenize"] = lambda request, _: TokenizeResponse(token_ids=map(ord, request.text))
+    server.on["Score"] = lambda request, _: ScoreResponse(
+        scores=[
+            ContinuationScore(
+                token_logprobs=[-0.5] * len(one.ids), logprob=-0.5 * len(one.ids), is_greedy=True
+            )
+            for one in request.continuations
+        ]
+    )
+    code, out, _ = run("score", "m", "The capital is", " [bold]", "!")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert rows == [
+        ["'", "[bold]'", "7", "-3.500", "-0.500", "yes"],
+        ["'!'", "1", "-0.500", "-0.500", "yes"],
+    ]
+    (request,) = server.requests("Score")
+    assert request.text == "The capital is"
+    assert [list(one.ids) for one in request.continuations] == [[*map(ord, " [bold]")], [33]]
+    assert not any(one.add_special_tokens for one in server.requests("Tokenize"))
+    code, out, _ = run("score", "m", "The capital is", "!", "--json")
+    assert json.loads(out)["scores"][0]["logprob"] == -0.5
+
+
+def test_more_ways_to_generate_reach_their_fields(server: FakeServer, run: Run) -> None:
+    server.on["Generate"] = lambda *_: events("a")
+    assert run("generate", "m", "p", "--typical-p", "0.5", "--echo")[0] == 0
+    (request,) = server.requests("Generate")
+    assert request.sampling.typical_p == 0.5
+    assert request.output.echo

@@ -1,12 +1,21 @@
-"""The command that generates text."""
+"""The commands that generate text and score it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
-from lowbit.cli.common import connect, enum_name, print_json, to_dict, usage_errors
+from lowbit.cli.common import (
+    AsJson,
+    connect,
+    enum_name,
+    print_json,
+    print_table,
+    to_dict,
+    usage_errors,
+)
 from lowbit.v1.generation_pb2 import FinishReason, Timings, Usage
 
 if TYPE_CHECKING:
@@ -29,6 +38,7 @@ def generate(  # noqa: PLR0913 - the field's standard options
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is off.")] = None,
     presence_penalty: Annotated[float | None, typer.Option(help="0 is off.")] = None,
     frequency_penalty: Annotated[float | None, typer.Option(help="0 is off.")] = None,
+    typical_p: Annotated[float | None, typer.Option(help="Typical mass; 1 is off.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling reproducible.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End at this string; may be repeated.")
@@ -39,6 +49,7 @@ def generate(  # noqa: PLR0913 - the field's standard options
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on past the model's own end.")
     ] = False,
+    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt first.")] = False,
     time_limit: Annotated[float | None, typer.Option(help="Seconds; then it ends.")] = None,
     request_id: Annotated[str, typer.Option(help="Name in the server's log.")] = "",
     as_json: Annotated[
@@ -61,10 +72,12 @@ def generate(  # noqa: PLR0913 - the field's standard options
                 repetition_penalty=repetition_penalty,
                 presence_penalty=presence_penalty,
                 frequency_penalty=frequency_penalty,
+                typical_p=typical_p,
                 seed=seed,
                 stop=stop or (),
                 stop_token_ids=stop_token_id or (),
                 ignore_eos=ignore_eos or None,
+                echo=echo or None,
                 time_limit=time_limit,
                 request_id=request_id,
             )
@@ -74,6 +87,39 @@ def generate(  # noqa: PLR0913 - the field's standard options
                 print_json(_document(stream))
             else:
                 print_stream(stream)
+
+
+def score(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Name or alias of a loaded model.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt.", show_default=False)],
+    continuations: Annotated[list[str], typer.Argument(help="What may follow it.")],
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Say how likely texts are to follow a prompt: natural log-probabilities."""
+    with connect(context) as client:
+        ids = [
+            client.tokenize(model, text, add_special_tokens=False).token_ids
+            for text in continuations
+        ]
+        response = client.score(model, prompt, continuations=ids)
+    if as_json:
+        print_json(response)
+        return
+    print_table(
+        ("CONTINUATION", "TOKENS", "LOG-PROBABILITY", "PER TOKEN", "GREEDY"),
+        (
+            (
+                escape(repr(text)),
+                str(len(found.token_logprobs)),
+                f"{found.logprob:.3f}",
+                f"{found.logprob / len(found.token_logprobs):.3f}",
+                "yes" if found.is_greedy else "no",
+            )
+            for text, found in zip(continuations, response.scores, strict=True)
+        ),
+    )
 
 
 def print_stream(stream: GenerateStream) -> None:
