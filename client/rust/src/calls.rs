@@ -31,7 +31,6 @@ pub(crate) struct Core {
     pub(crate) options: Options,
     pub(crate) budget: Budget,
     pub(crate) closed: CancellationToken,
-    pub(crate) address: String,
     pub(crate) generation: GenerationServiceClient<Channel>,
     pub(crate) jobs: JobServiceClient<Channel>,
     pub(crate) models: ModelServiceClient<Channel>,
@@ -53,8 +52,8 @@ impl hyper::rt::Executor<Task> for Tasks {
 
 impl Core {
     /// Checks the options; connects with the first call.
-    pub(crate) fn new(address: String, options: Options) -> Result<Self> {
-        let (endpoint, authorization) = options.endpoint(&address)?;
+    pub(crate) fn new(address: &str, options: Options) -> Result<Self> {
+        let (endpoint, authorization) = options.endpoint(address)?;
         let closed = CancellationToken::new();
         let channel = endpoint.executor(Tasks(closed.clone())).connect_lazy();
         let size = options.max_message_bytes;
@@ -67,7 +66,6 @@ impl Core {
             budget: Budget::new(&options),
             options,
             closed,
-            address,
             generation: stub!(GenerationServiceClient),
             jobs: stub!(JobServiceClient),
             models: stub!(ModelServiceClient),
@@ -125,7 +123,7 @@ impl Client {
                 let sent = async { send(request?).await };
                 let error = match limited(tries.deadline, sent).await {
                     Some(Ok(response)) => {
-                        tries.succeeded(&core.options, &core.budget);
+                        core.budget.refund(&core.options);
                         return Ok(response.into_inner());
                     }
                     Some(Err(status)) => Error::from(status),

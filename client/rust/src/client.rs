@@ -143,8 +143,8 @@ lists! {
 impl Client {
     /// Makes a client inside a tokio runtime; it connects with its first call.
     ///
-    /// An empty address takes `LOWBIT_ADDRESS`, or else [`DEFAULT_ADDRESS`]. Fails when an
-    /// option makes no sense.
+    /// An empty address takes `LOWBIT_ADDRESS`, or else `127.0.0.1:50151`. Fails when an option
+    /// makes no sense.
     pub fn new(address: &str, options: Options) -> Result<Self> {
         if tokio::runtime::Handle::try_current().is_err() {
             return Err(Error::options("a client needs a tokio runtime to run in"));
@@ -156,12 +156,7 @@ impl Client {
         if address.is_empty() {
             address = DEFAULT_ADDRESS.to_owned();
         }
-        Ok(Self { core: Arc::new(Core::new(address, options)?), timeout: None })
-    }
-
-    /// HOST:PORT of the server.
-    pub fn address(&self) -> &str {
-        &self.core.address
+        Ok(Self { core: Arc::new(Core::new(&address, options)?), timeout: None })
     }
 
     /// The same client with a deadline for each call, in place of the options'.

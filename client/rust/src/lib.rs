@@ -28,5 +28,5 @@ pub use client::Client;
 pub use errors::{Error, Failure, FieldViolation, Kind, Result};
 #[cfg(feature = "tls")]
 pub use options::Tls;
-pub use options::{Options, Traceparent, DEFAULT_ADDRESS};
+pub use options::{Options, Traceparent};
 pub use stream::{Canceller, Chunk, GenerateStream, Messages};

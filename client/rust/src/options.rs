@@ -10,7 +10,7 @@ use tonic::{
 use crate::errors::{Error, Result};
 
 /// Where a server on this machine listens.
-pub const DEFAULT_ADDRESS: &str = "127.0.0.1:50151";
+pub(crate) const DEFAULT_ADDRESS: &str = "127.0.0.1:50151";
 const USER_AGENT: &str = concat!("lowbit-rust/", env!("CARGO_PKG_VERSION"));
 
 /// Gives the W3C `traceparent` of the work that a call is part of.

@@ -51,7 +51,7 @@ impl<M: Message + Clone, R> Receiver<M, R> {
             let error = match self.attempt().await {
                 Ok(message) => {
                     if !self.seen {
-                        self.tries.succeeded(&self.core.options, &self.core.budget);
+                        self.core.budget.refund(&self.core.options);
                     }
                     (self.seen, self.breaks, self.until) = (true, 0, None);
                     if let (Some(resume), Some(message)) = (self.resume, &message) {

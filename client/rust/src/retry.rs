@@ -29,7 +29,8 @@ impl Budget {
         some
     }
 
-    fn refund(&self, options: &Options) {
+    /// Gives back a tenth of a retry after a success.
+    pub(crate) fn refund(&self, options: &Options) {
         let mut left = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         *left = (*left + REFUND).min(options.retry_budget.into());
     }
@@ -49,10 +50,6 @@ impl Tries {
         // A timeout beyond what the clock can count is none.
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         Self { deadline, again, made: 1 }
-    }
-
-    pub(crate) fn succeeded(&self, options: &Options, budget: &Budget) {
-        budget.refund(options);
     }
 
     /// The wait before the next try; nothing when there is to be none.

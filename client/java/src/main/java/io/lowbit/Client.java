@@ -69,11 +69,6 @@ public final class Client implements AutoCloseable {
     return new Client(transport, Options.positive("timeout", value));
   }
 
-  /** {@return HOST:PORT of the server} */
-  public String address() {
-    return transport.address;
-  }
-
   /** Closes the connection; what still runs is cancelled. */
   @Override
   public void close() {

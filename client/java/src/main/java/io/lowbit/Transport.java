@@ -33,7 +33,6 @@ final class Transport implements AutoCloseable {
   // Lists of many violations are longer than gRPC's 8 KiB.
   private static final int MAX_METADATA_BYTES = 64 * 1024;
 
-  final String address;
   final Options options;
   final ScheduledThreadPoolExecutor timer = new ScheduledThreadPoolExecutor(1, Transport::daemon);
   private final ManagedChannel channel;
@@ -46,7 +45,6 @@ final class Transport implements AutoCloseable {
     if (options.token != null && options.tls == null && !loopback) {
       throw new IllegalArgumentException("token: without tls it is sent to loopback only");
     }
-    this.address = address;
     this.options = options;
     this.budget = options.retryBudget;
     timer.setRemoveOnCancelPolicy(true);
