@@ -76,7 +76,7 @@ class System:
             check=False,
         )
         if done.returncode:
-            raise SystemExit(f"{self.name} failed:\n{done.stderr[-3000:]}")
+            raise RuntimeError(f"{self.name} failed:\n{done.stderr[-3000:]}")
         *reports, last = map(json.loads, done.stdout.splitlines())
         return {report["name"]: report for report in reports}, last["peak_bytes"]
 
@@ -193,8 +193,13 @@ def main() -> None:
         taking_part = systems(home, set(options.only or ()) or None)
         kl = {system.name: mean_kl(system) for system in taking_part}
         for turn in range(options.rounds):
-            for system in taking_part:
-                reports, peak = system.run(plan)
+            for system in list(taking_part):
+                try:
+                    reports, peak = system.run(plan)
+                except RuntimeError as error:
+                    console.print(f"left out: {error}", style="red")
+                    taking_part.remove(system)
+                    continue
                 peaks[system.name] = max(peaks[system.name], peak)
                 for name, report in reports.items():
                     for key, value in figures(report, lengths[name]).items():
