@@ -1,6 +1,6 @@
 """Our generation engine beside other systems, on the same machine, weights and prompts.
 
-    python -m benchmarks.engine [--only NAME ...] [--rounds N] [--json FILE] [--picture FILE]
+    python -m benchmarks.engine [--only NAME ...] [--rounds N] [--json FILE]
 
 Every system runs in a process of its own with the same two threads; they take turns, round
 after round, and figures are medians over the rounds. Ours and transformers read copies of

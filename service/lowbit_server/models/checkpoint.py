@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from lowbit_server.models.bnb4bit import Bnb4BitWeight
+from lowbit_server.models.grouped_loading import IGNORED, is_grouped, read_grouped
 from lowbit_server.models.linears import Int8Weight, Weight, linear
-from lowbit_server.quant.awq_packing import AwqLinear
-from lowbit_server.quant.foreign import foreign_scheme, grouped_bits
-from lowbit_server.quant.packing import PackedLinear
+from lowbit_server.quant.foreign import foreign_scheme
 from lowbit_server.store.sources import shards
 from lowbit_server.store.tensors import ALIGNMENT_BYTES, TensorReader
 
@@ -22,11 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig
 
-_GROUPED = {"gptq": PackedLinear, "awq": AwqLinear}
 EMBEDDING = "model.embed_tokens.weight"
 _INT8_FORMAT = "weight_format"
-# Some older checkpoints store what the configuration determines.
-_IGNORED = "rotary_emb.inv_freq"
 
 
 class Checkpoint:
@@ -41,11 +37,10 @@ class Checkpoint:
         """
         self._device = device
         self._quantization = getattr(config, "quantization_config", None) or {}
-        self._method = self._quantization.get("quant_method")
         self._reader = TensorReader(shards(folder))
         self.left = set(self._reader.entries)
         """Names of tensors that were not read."""
-        if self._method in _GROUPED:
+        if is_grouped(config):
             foreign_scheme(self._quantization, self._reader.entries)  # raises for other layouts
         named = config.dtype or self._reader.tensor(EMBEDDING).dtype
         self._dtype = torch.float32 if device == "cpu" and named == torch.float16 else named
@@ -94,12 +89,14 @@ class Checkpoint:
 
     def check_finished(self) -> None:
         """Raise ValueError when tensors are left that the architecture has no place for."""
-        if left := sorted(name for name in self.left if not name.endswith(_IGNORED)):
+        if left := sorted(name for name in self.left if not name.endswith(IGNORED)):
             raise ValueError(f"the checkpoint does not fit its architecture: {', '.join(left[:5])}")
 
     def _weight(self, name: str, rows: int, columns: int) -> Weight:
         if f"{name}.qweight" in self.left:
-            return self._grouped(name, rows, columns)
+            layer = read_grouped(name, self._quantization, self._read)
+            layer.check(name, rows, columns)
+            return layer
         weight = f"{name}.weight"
         if f"{name}.SCB" in self.left:
             self.left.discard(f"{name}.{_INT8_FORMAT}")
@@ -109,16 +106,6 @@ class Checkpoint:
         if state := {key: self._read(key) for key in sorted(self.left) if key.startswith(prefix)}:
             return Bnb4BitWeight.of(self._read(weight), state, rows, columns)
         return self.tensor(weight, rows, columns)
-
-    def _grouped(self, name: str, rows: int, columns: int) -> PackedLinear | AwqLinear:
-        if self._method == "awq":
-            awq = AwqLinear(*(self._read(f"{name}.{key}") for key in AwqLinear.keys))
-            awq.check(name, rows, columns)
-            return awq
-        bits = grouped_bits(self._quantization, name)
-        packed = PackedLinear(bits, *(self._read(f"{name}.{key}") for key in PackedLinear.keys))
-        packed.check(name, rows, columns)
-        return packed
 
     def _read(self, name: str) -> Tensor:
         if name not in self.left:

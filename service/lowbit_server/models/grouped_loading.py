@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from lowbit_server.models.grouped import GroupedWeight
 
 _PACKED = ".qweight"
-# Some older checkpoints store what the configuration determines.
-_IGNORED = "rotary_emb.inv_freq"
+IGNORED = "rotary_emb.inv_freq"
+"""How names end of what some older checkpoints store and the configuration determines."""
 
 
 def is_grouped(config: PreTrainedConfig) -> bool:
@@ -86,7 +86,7 @@ def _place_layers(
         return tensor.to(device, dtype) if plain else tensor.to(device)
 
     for name in [key.removesuffix(_PACKED) for key in reader.entries if key.endswith(_PACKED)]:
-        layer = _layer(name, quantization, read)
+        layer = read_grouped(name, quantization, read)
         try:
             linear = model.get_submodule(name)
         except AttributeError as error:
@@ -98,12 +98,13 @@ def _place_layers(
         if bias is None and linear.bias is not None:
             raise ValueError(f"the checkpoint has no {name}.bias")
         model.set_submodule(name, grouped_layer(layer, bias, dtype))
-    return {name: read(name) for name in sorted(names) if not name.endswith(_IGNORED)}
+    return {name: read(name) for name in sorted(names) if not name.endswith(IGNORED)}
 
 
-def _layer(
+def read_grouped(
     name: str, quantization: Mapping[str, Any], read: Callable[[str], Tensor]
 ) -> GroupedWeight:
+    """Return the layer of a name, whose tensors `read` gives, in the checkpoint's layout."""
     if quantization["quant_method"] == "awq":
         return AwqLinear(*(read(f"{name}.{key}") for key in AwqLinear.keys))
     parts = (read(f"{name}.{key}") for key in PackedLinear.keys)
