@@ -905,7 +905,18 @@ type GenerateRequest struct {
 	// What the stream reports.
 	Output *OutputOptions `protobuf:"bytes,8,opt,name=output,proto3" json:"output,omitempty"`
 	// Name of this request in logs and traces; the server makes one when empty.
-	RequestId     string `protobuf:"bytes,9,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,9,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Computes each output by itself, in steps that depend on nothing else: greedy tokens are the
+	// same, bit for bit, alone and beside any other request. Slower; finds nothing in the KV cache
+	// and drafts nothing.
+	Deterministic *bool `protobuf:"varint,10,opt,name=deterministic,proto3,oneof" json:"deterministic,omitempty"`
+	// Drafts up to this many tokens a step from what follows the same words earlier in prompt and
+	// output (prompt lookup), and checks them all at once. What is generated stays the same; text
+	// that repeats its prompt comes faster. Default 0 (off).
+	PromptLookupTokens *uint32 `protobuf:"varint,11,opt,name=prompt_lookup_tokens,json=promptLookupTokens,proto3,oneof" json:"prompt_lookup_tokens,omitempty"`
+	// Prompts find their beginnings in the KV cache only where the same salt, under the same
+	// bearer token, put them: how fast an answer comes tells nothing of others' prompts.
+	CacheSalt     string `protobuf:"bytes,12,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1012,6 +1023,27 @@ func (x *GenerateRequest) GetOutput() *OutputOptions {
 func (x *GenerateRequest) GetRequestId() string {
 	if x != nil {
 		return x.RequestId
+	}
+	return ""
+}
+
+func (x *GenerateRequest) GetDeterministic() bool {
+	if x != nil && x.Deterministic != nil {
+		return *x.Deterministic
+	}
+	return false
+}
+
+func (x *GenerateRequest) GetPromptLookupTokens() uint32 {
+	if x != nil && x.PromptLookupTokens != nil {
+		return *x.PromptLookupTokens
+	}
+	return 0
+}
+
+func (x *GenerateRequest) GetCacheSalt() string {
+	if x != nil {
+		return x.CacheSalt
 	}
 	return ""
 }
@@ -1988,6 +2020,8 @@ type ScoreRequest struct {
 	// The continuations to score, as token ids; 1048576 tokens in all at most. Prompt and
 	// continuation together may be as long as the context.
 	Continuations []*TokenIds `protobuf:"bytes,4,rep,name=continuations,proto3" json:"continuations,omitempty"`
+	// As GenerateRequest.cache_salt.
+	CacheSalt     string `protobuf:"bytes,5,opt,name=cache_salt,json=cacheSalt,proto3" json:"cache_salt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2059,6 +2093,13 @@ func (x *ScoreRequest) GetContinuations() []*TokenIds {
 		return x.Continuations
 	}
 	return nil
+}
+
+func (x *ScoreRequest) GetCacheSalt() string {
+	if x != nil {
+		return x.CacheSalt
+	}
+	return ""
 }
 
 type isScoreRequest_Prompt interface {
@@ -2291,7 +2332,7 @@ const file_lowbit_v1_generation_proto_rawDesc = "" +
 	"\t_logprobsB\a\n" +
 	"\x05_echoB\f\n" +
 	"\n" +
-	"_token_ids\"\xc2\x03\n" +
+	"_token_ids\"\x81\x05\n" +
 	"\x0fGenerateRequest\x12 \n" +
 	"\x05model\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x05model\x12\x14\n" +
@@ -2305,8 +2346,15 @@ const file_lowbit_v1_generation_proto_rawDesc = "" +
 	"constraint\x120\n" +
 	"\x06output\x18\b \x01(\v2\x18.lowbit.v1.OutputOptionsR\x06output\x12;\n" +
 	"\n" +
-	"request_id\x18\t \x01(\tB\x1c\xbaH\x19r\x17\x18\x80\x012\x12^[A-Za-z0-9._:-]*$R\trequestIdB\x0e\n" +
-	"\x05input\x12\x05\xbaH\x02\b\x01\"\xc7\x01\n" +
+	"request_id\x18\t \x01(\tB\x1c\xbaH\x19r\x17\x18\x80\x012\x12^[A-Za-z0-9._:-]*$R\trequestId\x12)\n" +
+	"\rdeterministic\x18\n" +
+	" \x01(\bH\x01R\rdeterministic\x88\x01\x01\x12>\n" +
+	"\x14prompt_lookup_tokens\x18\v \x01(\rB\a\xbaH\x04*\x02\x18\x10H\x02R\x12promptLookupTokens\x88\x01\x01\x12'\n" +
+	"\n" +
+	"cache_salt\x18\f \x01(\tB\b\xbaH\x05r\x03\x18\x80\x01R\tcacheSaltB\x0e\n" +
+	"\x05input\x12\x05\xbaH\x02\b\x01B\x10\n" +
+	"\x0e_deterministicB\x17\n" +
+	"\x15_prompt_lookup_tokens\"\xc7\x01\n" +
 	"\aStarted\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x14\n" +
@@ -2373,13 +2421,15 @@ const file_lowbit_v1_generation_proto_rawDesc = "" +
 	"\x13skip_special_tokens\x18\x03 \x01(\bH\x00R\x11skipSpecialTokens\x88\x01\x01B\x16\n" +
 	"\x14_skip_special_tokens\"(\n" +
 	"\x12DetokenizeResponse\x12\x12\n" +
-	"\x04text\x18\x01 \x01(\tR\x04text\"\xd3\x01\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\"\xfc\x01\n" +
 	"\fScoreRequest\x12 \n" +
 	"\x05model\x18\x01 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\x80\x01R\x05model\x12\x14\n" +
 	"\x04text\x18\x02 \x01(\tH\x00R\x04text\x122\n" +
 	"\ttoken_ids\x18\x03 \x01(\v2\x13.lowbit.v1.TokenIdsH\x00R\btokenIds\x12F\n" +
-	"\rcontinuations\x18\x04 \x03(\v2\x13.lowbit.v1.TokenIdsB\v\xbaH\b\x92\x01\x05\b\x01\x10\x80\bR\rcontinuationsB\x0f\n" +
+	"\rcontinuations\x18\x04 \x03(\v2\x13.lowbit.v1.TokenIdsB\v\xbaH\b\x92\x01\x05\b\x01\x10\x80\bR\rcontinuations\x12'\n" +
+	"\n" +
+	"cache_salt\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x01R\tcacheSaltB\x0f\n" +
 	"\x06prompt\x12\x05\xbaH\x02\b\x01\"q\n" +
 	"\x11ContinuationScore\x12%\n" +
 	"\x0etoken_logprobs\x18\x01 \x03(\x02R\rtokenLogprobs\x12\x18\n" +

@@ -521,12 +521,29 @@ class GenerateRequest(_message.Message):
     CONSTRAINT_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DETERMINISTIC_FIELD_NUMBER: _builtins.int
+    PROMPT_LOOKUP_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name or alias of a loaded model."""
     text: _builtins.str
     """Plain text; the tokenizer's own special tokens (such as BOS) are added."""
     request_id: _builtins.str
     """Name of this request in logs and traces; the server makes one when empty."""
+    deterministic: _builtins.bool
+    """Computes each output by itself, in steps that depend on nothing else: greedy tokens are the
+    same, bit for bit, alone and beside any other request. Slower; finds nothing in the KV cache
+    and drafts nothing.
+    """
+    prompt_lookup_tokens: _builtins.int
+    """Drafts up to this many tokens a step from what follows the same words earlier in prompt and
+    output (prompt lookup), and checks them all at once. What is generated stays the same; text
+    that repeats its prompt comes faster. Default 0 (off).
+    """
+    cache_salt: _builtins.str
+    """Prompts find their beginnings in the KV cache only where the same salt, under the same
+    bearer token, put them: how fast an answer comes tells nothing of others' prompts.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are."""
@@ -563,13 +580,25 @@ class GenerateRequest(_message.Message):
         constraint: Global___OutputConstraint | None = ...,
         output: Global___OutputOptions | None = ...,
         request_id: _builtins.str = ...,
+        deterministic: _builtins.bool | None = ...,
+        prompt_lookup_tokens: _builtins.int | None = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "constraint", b"constraint", "input", b"input", "output", b"output", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deterministic", b"_deterministic", "_prompt_lookup_tokens", b"_prompt_lookup_tokens", "chat", b"chat", "constraint", b"constraint", "deterministic", b"deterministic", "input", b"input", "output", b"output", "prompt_lookup_tokens", b"prompt_lookup_tokens", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "constraint", b"constraint", "input", b"input", "model", b"model", "output", b"output", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deterministic", b"_deterministic", "_prompt_lookup_tokens", b"_prompt_lookup_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "constraint", b"constraint", "deterministic", b"deterministic", "input", b"input", "model", b"model", "output", b"output", "prompt_lookup_tokens", b"prompt_lookup_tokens", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deterministic: _TypeAlias = _typing.Literal["deterministic"]  # noqa: Y015
+    _WhichOneofArgType__deterministic: _TypeAlias = _typing.Literal["_deterministic", b"_deterministic"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_lookup_tokens: _TypeAlias = _typing.Literal["prompt_lookup_tokens"]  # noqa: Y015
+    _WhichOneofArgType__prompt_lookup_tokens: _TypeAlias = _typing.Literal["_prompt_lookup_tokens", b"_prompt_lookup_tokens"]  # noqa: Y015
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deterministic) -> _WhichOneofReturnType__deterministic | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_lookup_tokens) -> _WhichOneofReturnType__prompt_lookup_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
@@ -1029,10 +1058,13 @@ class ScoreRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CONTINUATIONS_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name or alias of a loaded model."""
     text: _builtins.str
     """Plain text."""
+    cache_salt: _builtins.str
+    """As GenerateRequest.cache_salt."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids."""
@@ -1050,10 +1082,11 @@ class ScoreRequest(_message.Message):
         text: _builtins.str = ...,
         token_ids: Global___TokenIds | None = ...,
         continuations: _abc.Iterable[Global___TokenIds] | None = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["continuations", b"continuations", "model", b"model", "prompt", b"prompt", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "continuations", b"continuations", "model", b"model", "prompt", b"prompt", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

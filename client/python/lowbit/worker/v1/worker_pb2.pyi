@@ -161,6 +161,10 @@ class Submit(_message.Message):
     CONTINUATIONS_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
+    DETERMINISTIC_FIELD_NUMBER: _builtins.int
+    PROMPT_LOOKUP_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     request: _builtins.int
     """Number that the front gave it; unique in the worker's life."""
     model: _builtins.str
@@ -195,6 +199,12 @@ class Submit(_message.Message):
     """Number of outputs, each with a random stream of its own; at least 1."""
     prompt_logprobs: _builtins.bool
     """Reports log-probabilities of the prompt, as `logprobs` says, before the first token."""
+    deterministic: _builtins.bool
+    """Computes each output by itself, in steps that depend on nothing else."""
+    prompt_lookup_tokens: _builtins.int
+    """Drafts so many tokens a step; 0 is off."""
+    cache_salt: _builtins.bytes
+    """Digest of who asks; beginnings of prompts are shared within one only."""
     @_builtins.property
     def prompt(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -220,6 +230,10 @@ class Submit(_message.Message):
         """When there are any, these are scored and nothing is generated; max_tokens is the length of
         the longest.
         """
+
+    @_builtins.property
+    def constraint(self) -> _generation_pb2.OutputConstraint:
+        """What may be generated."""
 
     def __init__(
         self,
@@ -247,10 +261,14 @@ class Submit(_message.Message):
         continuations: _abc.Iterable[_generation_pb2.TokenIds] | None = ...,
         n: _builtins.int = ...,
         prompt_logprobs: _builtins.bool = ...,
+        constraint: _generation_pb2.OutputConstraint | None = ...,
+        deterministic: _builtins.bool = ...,
+        prompt_lookup_tokens: _builtins.int = ...,
+        cache_salt: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "constraint", b"constraint", "logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "bad_words", b"bad_words", "continuations", b"continuations", "eos_token_ids", b"eos_token_ids", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "model", b"model", "n", b"n", "presence_penalty", b"presence_penalty", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "request", b"request", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "time_limit_ms", b"time_limit_ms", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "bad_words", b"bad_words", "cache_salt", b"cache_salt", "constraint", b"constraint", "continuations", b"continuations", "deterministic", b"deterministic", "eos_token_ids", b"eos_token_ids", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "model", b"model", "n", b"n", "presence_penalty", b"presence_penalty", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "prompt_lookup_tokens", b"prompt_lookup_tokens", "repetition_penalty", b"repetition_penalty", "request", b"request", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "time_limit_ms", b"time_limit_ms", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -392,6 +410,7 @@ class Output(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     GREEDY_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     request: _builtins.int
     """Number of the request."""
     finish: _generation_pb2.FinishReason.ValueType
@@ -406,6 +425,8 @@ class Output(_message.Message):
     """
     greedy: _builtins.bool
     """Whether each token of the continuation is the greedy choice."""
+    cached_tokens: _builtins.int
+    """Tokens of the prompt that were found in the KV cache; set with the first token or score."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens; empty when the request only ended."""
@@ -430,10 +451,11 @@ class Output(_message.Message):
         index: _builtins.int = ...,
         greedy: _builtins.bool = ...,
         prompt_logprobs: _abc.Iterable[_generation_pb2.Token] | None = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "finish", b"finish", "greedy", b"greedy", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "queue_us", b"queue_us", "request", b"request", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "error", b"error", "finish", b"finish", "greedy", b"greedy", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "queue_us", b"queue_us", "request", b"request", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
