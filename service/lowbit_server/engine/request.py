@@ -57,6 +57,8 @@ class Request:
     `prompt_logprobs` for those of the prompt, from its second token on, too.
     `n` outputs are made of one prompt. With `continuations`, none of them empty, these are
     scored and nothing is generated; `max_tokens` is then the length of the longest.
+    A `deterministic` one is computed by itself; up to `prompt_lookup_tokens` a step are drafted;
+    beginnings of prompts are shared between requests of one `cache_salt` only.
     """
 
     id: int
@@ -72,6 +74,9 @@ class Request:
     prompt_logprobs: bool = False
     n: int = 1
     continuations: tuple[tuple[int, ...], ...] = ()
+    deterministic: bool = False
+    prompt_lookup_tokens: int = 0
+    cache_salt: bytes = b""
 
 
 @dataclass(slots=True, eq=False)
@@ -106,9 +111,10 @@ class Output:
     Or the next log-probabilities of the prompt, before the first token.
 
     `index` says which of the request's outputs, or which continuation has this score.
-    `queue_us` comes with the first token; an `error` is an end of the whole request without a
-    reason. A score has a log-probability for each token and says whether these are the
-    `greedy` choices.
+    `queue_us` and `cached_tokens`, tokens of the prompt that were found in the KV cache, come
+    with the first token, the latter with the first score too. An `error` is an end of the whole
+    request without a reason. A score has a log-probability for each token and says whether
+    these are the `greedy` choices.
     """
 
     request: int
@@ -120,3 +126,4 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     index: int = 0
     greedy: bool = False
+    cached_tokens: int = 0

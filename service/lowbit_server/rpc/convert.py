@@ -16,6 +16,7 @@ from lowbit.v1 import (
 from lowbit.worker.v1.worker_pb2 import Submit
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.pool.replica import ReplicaState
+from lowbit_server.rpc.authentication import cache_salt
 from lowbit_server.rpc.schemes import scheme_message
 
 if TYPE_CHECKING:
@@ -248,6 +249,9 @@ def submit(
         bad_words=sampling.bad_words,
         n=outputs(request),
         prompt_logprobs=request.output.echo and request.output.HasField("logprobs"),
+        deterministic=request.deterministic,
+        prompt_lookup_tokens=request.prompt_lookup_tokens,
+        cache_salt=cache_salt(request.cache_salt),
     )
 
 
@@ -267,4 +271,5 @@ def submit_score(
         max_tokens=longest,
         continuations=request.continuations,
         n=1,
+        cache_salt=cache_salt(request.cache_salt),
     )

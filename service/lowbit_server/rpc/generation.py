@@ -109,10 +109,10 @@ class GenerationService(GenerationServiceServicer):
                     prompt_tokens=len(prompt), output_tokens=tokens, worker=run.replica.worker
                 )
                 try:
-                    scores = await _scores(run.stream, len(request.continuations))
+                    scores, cached = await _scores(run.stream, len(request.continuations))
                 except LowbitError as error:
                     raise _with_usage(error, len(prompt), 0) from error
-        usage = pb.Usage(prompt_tokens=len(prompt), output_tokens=tokens)
+        usage = pb.Usage(prompt_tokens=len(prompt), cached_tokens=cached, output_tokens=tokens)
         return pb.ScoreResponse(scores=scores, usage=usage)
 
     async def _tokenizer(self, name: str) -> ModelTokenizer:
@@ -120,9 +120,9 @@ class GenerationService(GenerationServiceServicer):
         return await self._tokenizers.get(manifest, self._catalog.path(manifest))
 
 
-async def _scores(stream: RequestStream, count: int) -> list[pb.ContinuationScore]:
-    """Collect the scores of `count` continuations."""
-    scores = [pb.ContinuationScore() for _ in range(count)]
+async def _scores(stream: RequestStream, count: int) -> tuple[list[pb.ContinuationScore], int]:
+    """Collect the scores of `count` continuations; and tokens of the prompt from the cache."""
+    scores, cached = [pb.ContinuationScore() for _ in range(count)], 0
     while True:
         for output in await stream.take():
             if output.error:
@@ -130,12 +130,13 @@ async def _scores(stream: RequestStream, count: int) -> list[pb.ContinuationScor
             if output.finish == pb.FINISH_REASON_CANCELLED:
                 message = "the model was unloaded"
                 raise LowbitError(Reason.MODEL_NOT_LOADED, message)
+            cached = max(cached, output.cached_tokens)
             logprobs = [token.logprob for token in output.logprobs]
             scores[output.index] = pb.ContinuationScore(
                 token_logprobs=logprobs, logprob=math.fsum(logprobs), is_greedy=output.greedy
             )
             if output.finish:
-                return scores
+                return scores, cached
 
 
 def _count(texts: Sequence[OutputText]) -> int:

@@ -45,6 +45,7 @@ class Sender:
         self._prompt_logprobs: list[pb.Token] = []
         self._arrived = arrived
         self._submitted = time.monotonic()
+        self._cached_tokens = 0
         self._sequence = 0
 
     async def send(self, texts: Sequence[OutputText]) -> None:
@@ -61,6 +62,7 @@ class Sender:
                 if not first:
                     first = time.monotonic()
                     queue_s = self._submitted - self._arrived + output.queue_us / 1e6
+                    self._cached_tokens = output.cached_tokens
                     await self._begin(output, texts)
                 text = going.get(output.index)
                 if text is not None and await self._write_output(output, text):
@@ -133,6 +135,7 @@ class Sender:
             model_revision=self._manifest.revision,
             device=self._run.replica.device,
             prompt_tokens=len(self._prompt),
+            cached_tokens=self._cached_tokens,
         )
 
     def _completed(self, texts: Sequence[OutputText], queue_s: float, first: float) -> pb.Completed:
@@ -144,7 +147,11 @@ class Sender:
             queue_ms=round(queue_s * 1e3, 1), ttft_ms=round((first - self._arrived) * 1e3, 1)
         )
         tokens = sum(text.tokens for text in texts)
-        usage = pb.Usage(prompt_tokens=len(self._prompt), output_tokens=tokens)
+        usage = pb.Usage(
+            prompt_tokens=len(self._prompt),
+            cached_tokens=self._cached_tokens,
+            output_tokens=tokens,
+        )
         return pb.Completed(usage=usage, timings=timings)
 
 

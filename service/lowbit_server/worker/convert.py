@@ -62,6 +62,9 @@ def submission(message: pb.Submit, now: float) -> Submission:
         prompt_logprobs=message.prompt_logprobs,
         n=message.n,
         continuations=tuple(tuple(one.ids) for one in message.continuations),
+        deterministic=message.deterministic,
+        prompt_lookup_tokens=message.prompt_lookup_tokens,
+        cache_salt=message.cache_salt,
     )
     return Submission(message.model, request)
 
@@ -86,6 +89,7 @@ def step(outputs: Iterable[Output], running: int, waiting: int) -> pb.AttachResp
                     else None,
                     index=output.index,
                     greedy=output.greedy,
+                    cached_tokens=output.cached_tokens,
                 )
                 for output in outputs
             ],
