@@ -101,13 +101,20 @@ def test_score_prints_a_row_for_each_continuation(server: FakeServer, run: Run) 
     assert request.text == "The capital is"
     assert [list(one.ids) for one in request.continuations] == [[*map(ord, " [bold]")], [33]]
     assert not any(one.add_special_tokens for one in server.requests("Tokenize"))
-    code, out, _ = run("score", "m", "The capital is", "!", "--json")
+    code, out, _ = run("score", "m", "The capital is", "!", "--json", "--cache-salt", "s")
+    assert server.requests("Score")[-1].cache_salt == "s"
     assert json.loads(out)["scores"][0]["logprob"] == -0.5
 
 
 def test_more_ways_to_generate_reach_their_fields(server: FakeServer, run: Run) -> None:
     server.on["Generate"] = lambda *_: events("a")
-    assert run("generate", "m", "p", "--typical-p", "0.5", "--echo")[0] == 0
-    (request,) = server.requests("Generate")
+    more = ("--deterministic", "--prompt-lookup-tokens", "4", "--cache-salt", "s")
+    assert run("generate", "m", "p", "--typical-p", "0.5", "--echo", *more)[0] == 0
+    assert run("generate", "m", "p")[0] == 0
+    request, plain = server.requests("Generate")
     assert request.sampling.typical_p == 0.5
     assert request.output.echo
+    assert (request.deterministic, request.prompt_lookup_tokens) == (True, 4)
+    assert request.cache_salt == "s"
+    for name in ("deterministic", "prompt_lookup_tokens"):
+        assert not plain.HasField(name)

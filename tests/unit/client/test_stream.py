@@ -135,6 +135,9 @@ def test_every_option_reaches_its_field(server: FakeServer, client: Client) -> N
         n=2,
         logprobs=0,
         echo=True,
+        deterministic=True,
+        prompt_lookup_tokens=4,
+        cache_salt="s",
         request_id="r",
     ).text()
     (request,) = server.requests("Generate")
@@ -156,7 +159,8 @@ def test_every_option_reaches_its_field(server: FakeServer, client: Client) -> N
     assert request.output.echo
     assert request.output.HasField("logprobs")
     assert request.output.logprobs == 0
-    assert request.request_id == "r"
+    assert (request.deterministic, request.prompt_lookup_tokens) == (True, 4)
+    assert (request.cache_salt, request.request_id) == ("s", "r")
 
 
 def test_what_is_not_given_is_not_set(server: FakeServer, client: Client) -> None:

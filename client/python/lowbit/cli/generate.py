@@ -21,6 +21,10 @@ from lowbit.v1.generation_pb2 import FinishReason, Timings, Usage
 if TYPE_CHECKING:
     from lowbit.sync.stream import GenerateStream
 
+CacheSalt = Annotated[
+    str, typer.Option(help="Share cached beginnings of prompts with calls of this salt only.")
+]
+
 
 def generate(  # noqa: PLR0913 - the field's standard options
     context: typer.Context,
@@ -50,6 +54,13 @@ def generate(  # noqa: PLR0913 - the field's standard options
         bool, typer.Option("--ignore-eos", help="Go on past the model's own end.")
     ] = False,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt first.")] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bits whatever else runs; slower.")
+    ] = False,
+    prompt_lookup_tokens: Annotated[
+        int | None, typer.Option(help="Drafted a step from earlier text, at most 16; 0 is off.")
+    ] = None,
+    cache_salt: CacheSalt = "",
     time_limit: Annotated[float | None, typer.Option(help="Seconds; then it ends.")] = None,
     request_id: Annotated[str, typer.Option(help="Name in the server's log.")] = "",
     as_json: Annotated[
@@ -78,6 +89,9 @@ def generate(  # noqa: PLR0913 - the field's standard options
                 stop_token_ids=stop_token_id or (),
                 ignore_eos=ignore_eos or None,
                 echo=echo or None,
+                deterministic=deterministic or None,
+                prompt_lookup_tokens=prompt_lookup_tokens,
+                cache_salt=cache_salt,
                 time_limit=time_limit,
                 request_id=request_id,
             )
@@ -89,12 +103,13 @@ def generate(  # noqa: PLR0913 - the field's standard options
                 print_stream(stream)
 
 
-def score(
+def score(  # noqa: PLR0913 - arguments and options
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Name or alias of a loaded model.")],
     prompt: Annotated[str, typer.Argument(help="The prompt.", show_default=False)],
     continuations: Annotated[list[str], typer.Argument(help="What may follow it.")],
     *,
+    cache_salt: CacheSalt = "",
     as_json: AsJson = False,
 ) -> None:
     """Say how likely texts are to follow a prompt: natural log-probabilities."""
@@ -103,7 +118,7 @@ def score(
             client.tokenize(model, text, add_special_tokens=False).token_ids
             for text in continuations
         ]
-        response = client.score(model, prompt, continuations=ids)
+        response = client.score(model, prompt, continuations=ids, cache_salt=cache_salt)
     if as_json:
         print_json(response)
         return

@@ -68,6 +68,9 @@ class Generation:
         token_ids_output: bool | None = None,
         logprobs: int | None = None,
         echo: bool | None = None,
+        deterministic: bool | None = None,
+        prompt_lookup_tokens: int | None = None,
+        cache_salt: str = "",
         request_id: str = "",
         timeout: float | None = None,
     ) -> GenerateStream:
@@ -101,6 +104,12 @@ class Generation:
             token_ids_output: fills `Chunk.token_ids`.
             logprobs: fills `Chunk.logprobs`, and `Chunk.top_logprobs` with this many tokens.
             echo: emits the prompt before the output.
+            deterministic: computes each output by itself: greedy tokens are the same, bit for
+                bit, whatever else runs. Slower; uses no cached prompt and no drafts.
+            prompt_lookup_tokens: drafts up to this many tokens a step, at most 16, from what
+                followed the same words before; 0 is off. Changes how fast, never what.
+            cache_salt: prompts find their beginnings in the KV cache only where the same salt,
+                under the same bearer token, put them.
             request_id: name of the request in the server's log.
             timeout: seconds after which the call fails with DeadlineExceededError.
 
@@ -140,6 +149,9 @@ class Generation:
                 time_limit=duration(time_limit),
             ),
             output=OutputOptions(token_ids=token_ids_output, logprobs=logprobs, echo=echo),
+            deterministic=deterministic,
+            prompt_lookup_tokens=prompt_lookup_tokens,
+            cache_salt=cache_salt,
             request_id=request_id,
         )
         set_text(request, prompt)
@@ -188,16 +200,19 @@ class Generation:
         )
         return response.text
 
-    def score(
+    def score(  # noqa: PLR0913 - all but two by keyword
         self,
         model: str,
         prompt: str | None = None,
         *,
         token_ids: Iterable[int] | None = None,
         continuations: Iterable[Iterable[int]],
+        cache_salt: str = "",
         timeout: float | None = None,
     ) -> ScoreResponse:
         """Return the log-probabilities (natural) of continuations, given as token ids.
+
+        `cache_salt` is that of `generate`.
 
         Raises:
             ValueError: when there is not exactly one of prompt and token_ids.
@@ -209,6 +224,7 @@ class Generation:
             model=model,
             token_ids=None if token_ids is None else TokenIds(ids=token_ids),
             continuations=[TokenIds(ids=ids) for ids in continuations],
+            cache_salt=cache_salt,
         )
         set_text(request, prompt)
         timeout = self._transport.options.slow_call_timeout_s if timeout is None else timeout
