@@ -2,8 +2,9 @@
 # system that may be read-only; only /var/lib/lowbit is written. See docs/operations.md.
 
 FROM python:3.11-slim-bookworm AS build
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev
 WORKDIR /src
-COPY requirements-uv.txt requirements.txt pyproject.toml README.md ./
+COPY requirements-uv.txt requirements.txt pyproject.toml hatch_build.py README.md ./
 COPY client/python client/python
 COPY service service
 RUN python -m venv /opt/lowbit \

@@ -3,6 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BASE ?= main
 BIN := .venv/bin
+KERNELS := service/lowbit_server/kernels
 READY := .venv/.ready
 STUBS := client/python
 GENERATED := build/generated
@@ -111,12 +112,15 @@ lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 		--no-emit-index-url --no-header --no-emit-package lowbit -o tests/interop/gptqmodel.txt
 
 clean: ## Remove what the commands made
-	rm -rf .venv .demo .interop .models build
+	rm -rf .venv .demo .interop .models build $(KERNELS)/kernels.so
 
-$(READY): requirements-uv.txt requirements.txt pyproject.toml client/python/pyproject.toml
+$(READY): requirements-uv.txt requirements.txt pyproject.toml client/python/pyproject.toml \
+		hatch_build.py $(wildcard $(KERNELS)/*.c)
 	@echo "Setting up .venv (once) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-uv.txt
 	@$(BIN)/uv pip install -q -p .venv --compile-bytecode --require-hashes --no-deps -r requirements.txt
-	@$(BIN)/uv pip install -q -p .venv --no-deps --no-build-isolation -e client/python -e .
+	@$(BIN)/uv pip install -q -p .venv --no-deps --no-build-isolation \
+		--reinstall-package lowbit-server -e client/python -e .
+	@test -f $(KERNELS)/kernels.so || echo "no kernels: cc failed, torch does their work" >&2
 	@touch $@

@@ -26,6 +26,7 @@ LAYERS = (
     ("jobs",),
     ("models",),
     ("quant",),
+    ("kernels",),
     ("tokenizer",),
     ("store",),
     ("jobs.spec",),

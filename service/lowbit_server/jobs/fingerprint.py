@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lowbit_server import kernels
 from lowbit_server.hardware import processor_name
 from lowbit_server.jobs.describing import library_versions
 
@@ -32,7 +33,7 @@ def fingerprint(
     versions = library_versions()
     found = {"source": source.revision, "device": device, "processor": _processor(device)}
     found |= {f"scheme.{name}": str(value) for name, value in scheme}
-    found["calibration"] = samples
+    found |= {"calibration": samples, "kernels": kernels.digest()}
     return found | {name: versions[name] for name in _LIBRARIES if name in versions}
 
 

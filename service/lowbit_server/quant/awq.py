@@ -46,6 +46,8 @@ _BEFORE = {
 class AwqMethod(Calibrated):
     """Searches scales and clipping on the output error over all calibration tokens."""
 
+    magnitudes = True
+
     def __init__(self, scheme: AwqScheme, source: Path, samples: Samples, device: str) -> None:
         """Quantize the model of a folder on a device; `samples` show how it is used."""
         super().__init__(source, samples, device)

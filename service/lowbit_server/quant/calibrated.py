@@ -5,7 +5,7 @@ Imports torch and transformers: for job processes only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch.nn import functional
@@ -37,6 +37,9 @@ _CHUNK_TOKENS = 4096
 
 class Calibrated:
     """Carries the hidden states of all samples, bfloat16 (samples, tokens, hidden)."""
+
+    magnitudes: ClassVar = False
+    """Whether a method asks how loud its inputs are."""
 
     def __init__(self, source: Path, samples: Samples, device: str) -> None:
         """Run `samples` through the model of a folder on a device."""
@@ -85,25 +88,24 @@ class Calibrated:
         tokens = self._hidden.shape[1]
         chunks = torch.split(self._hidden, max(1, _CHUNK_TOKENS // tokens))
         normed = [layer.attention_input(chunk) for chunk in chunks]
-        yield QKV, _gram(normed)
+        yield QKV, self._gram(normed)
         attended = [layer.attention(part) for part in normed]
         del normed
-        yield (OUTPUT,), _gram(attended)
+        yield (OUTPUT,), self._gram(attended)
         for chunk, part in zip(chunks, attended, strict=True):
             chunk.add_(layer.project(OUTPUT, part))
         del attended
-        yield GATE_UP, _gram(layer.mlp_input(chunk) for chunk in chunks)
+        yield GATE_UP, self._gram(layer.mlp_input(chunk) for chunk in chunks)
         gated = [layer.mlp(layer.mlp_input(chunk)) for chunk in chunks]
-        yield (DOWN,), _gram(gated)
+        yield (DOWN,), self._gram(gated)
         for chunk, part in zip(chunks, gated, strict=True):
             chunk.add_(layer.project(DOWN, part))
 
-
-def _gram(inputs: Iterable[Tensor]) -> Gram:
-    gram = Gram()
-    for part in inputs:
-        gram.add(part)
-    return gram
+    def _gram(self, inputs: Iterable[Tensor]) -> Gram:
+        gram = Gram(magnitudes=self.magnitudes)
+        for part in inputs:
+            gram.add(part)
+        return gram
 
 
 def stacked(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Tensor:

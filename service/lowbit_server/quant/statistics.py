@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lowbit_server.kernels.gram import add_gram
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,10 +22,10 @@ class Gram:
     ||X D^T||^2 = tr(D X^T X D^T), so that no token needs to be kept.
     """
 
-    def __init__(self) -> None:
-        """Begin with no token."""
+    def __init__(self, *, magnitudes: bool) -> None:
+        """Begin with no token; sum the inputs' magnitudes only when asked to."""
         self._sum = self._magnitude = torch.zeros(())
-        self._rows = torch.empty(0)
+        self._magnitudes = magnitudes
         self._tokens = 0
 
     def add(self, inputs: Tensor) -> None:
@@ -32,16 +34,14 @@ class Gram:
         if not self._tokens:
             columns = inputs.shape[1]
             self._sum = torch.zeros(columns, columns, device=inputs.device)
-            self._magnitude = torch.zeros(columns, device=inputs.device)
-        if len(inputs) > len(self._rows):
-            # Kept: fresh memory costs more time than the copy into it.
-            self._rows = torch.empty(inputs.shape, device=inputs.device)
-        rows = self._rows[: len(inputs)].copy_(inputs)
-        for start in range(0, rows.shape[1], _PANEL):
-            panel = slice(start, start + _PANEL)
-            self._sum[panel, start:].addmm_(rows[:, panel].T, rows[:, start:])
-        self._magnitude += rows.abs_().sum(dim=0)
-        self._tokens += len(rows)
+        if not add_gram(inputs, self._sum):
+            rows = inputs.float()
+            for start in range(0, rows.shape[1], _PANEL):
+                panel = slice(start, start + _PANEL)
+                self._sum[panel, start:].addmm_(rows[:, panel].T, rows[:, start:])
+        if self._magnitudes:
+            self._magnitude = self._magnitude + inputs.abs().sum(dim=0, dtype=torch.float32)
+        self._tokens += len(inputs)
 
     def mean(self) -> Tensor:
         """Return X^T X / tokens, float32 (in, in)."""
