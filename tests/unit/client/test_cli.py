@@ -444,6 +444,16 @@ def test_a_job_that_can_be_resumed_says_how(server: FakeServer, run: Run) -> Non
     assert "paused" in run("jobs", "list", "--state", "paused")[1]
 
 
+def test_control_c_outside_of_a_command_exits_with_130(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowbit.cli.app.run", interrupted)
+    assert run("info") == (130, "", "")
+
+
 def test_help_names_every_command(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0

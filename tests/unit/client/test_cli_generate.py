@@ -69,7 +69,9 @@ def test_a_failure_midway_leaves_the_text_and_ends_the_line(server: FakeServer, 
 
 def test_control_c_cancels_and_exits_with_130(server: FakeServer) -> None:
     server.on["Generate"] = endless = Endless()
-    code = "from lowbit.cli import main; main()"
+    # What runs in the background of a shell without job control is started with SIGINT ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code += "; from lowbit.cli import main; main()"
     command = [sys.executable, "-c", code, "--address", server.address, "generate", "m", "p"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

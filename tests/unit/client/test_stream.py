@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ from lowbit.v1.generation_pb2 import (
 from tests.unit.client.fake import Endless, events, refuse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from types import FrameType
 
     from tests.unit.client.fake import FakeServer
 
@@ -55,6 +57,30 @@ def test_chunks_come_one_by_one_and_the_figures_at_the_end(
     assert stream.timings is not None
     assert stream.timings.decode.seconds == 2
     assert list(stream) == []
+
+
+def test_control_c_is_itself_wherever_it_meets_a_read(server: FakeServer, client: Client) -> None:
+    """It falls between the lines of `Condition.wait` that let go of the lock and begin `try`."""
+    server.on["Generate"] = endless = Endless()
+    stream = client.generate("m", "p")
+    next(stream)
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        if frame.f_code is not threading.Condition.wait.__code__:
+            return None
+        if "saved_state" in frame.f_locals:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    finally:
+        sys.settrace(before)
+    stream.close()
+    assert endless.was_cancelled()
 
 
 def test_text_holds_what_was_iterated_before(server: FakeServer, client: Client) -> None:

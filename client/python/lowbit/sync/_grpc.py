@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import grpc
@@ -59,7 +58,18 @@ def open_channel(
 
 def reader(call: StreamCall[_Res]) -> Read[_Res]:
     """Return what reads the next message of a call, or EOF."""
-    return partial(next, call, EOF)
+
+    def read() -> _Res:
+        try:
+            return next(call, EOF)
+        except RuntimeError as error:
+            # A control-C that meets `threading.Condition.wait` when it has let go of its lock
+            # and not yet begun its `try` is hidden by the failure to release the lock again.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
+
+    return read
 
 
 def task_is_cancelled() -> bool:
