@@ -10,11 +10,10 @@ import torch
 import transformers
 
 from lowbit_server.engine.batching import BatchingEngine
-from lowbit_server.engine.kv_cache import KvCache
 from lowbit_server.engine.request import Request
-from lowbit_server.models.decoder import Batch
 from lowbit_server.models.measure import live_bytes
 from lowbit_server.models.transformers import TransformersModel, place
+from tests.sequences import Sequences
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -78,7 +77,6 @@ def play(model: TransformersModel, requests: list[list[int]]) -> list[list[int]]
         for output in engine.step():
             assert not output.error
             made[output.request] += output.token_ids
-    assert engine.status().kv_bytes == 0
     return made
 
 
@@ -173,15 +171,9 @@ def test_smollm2_in_a_batch_stays_close(smollm2_bf16: Path) -> None:
     together, alone = (_prefilled(decoder, sequences, lengths) for _ in range(2))
     divergences, deviations = [], []
     for step in range(steps):
-        starts = [length + step for length in lengths]
-        tokens = [[sequence[start]] for sequence, start in zip(sequences, starts, strict=True)]
-        found = decoder.forward(Batch(tokens, starts, *together.view(0, rows)))
-        wanted = torch.cat(
-            [
-                decoder.forward(Batch(tokens[row:][:1], starts[row:][:1], *alone.view(row, 1)))
-                for row in range(rows)
-            ]
-        )
+        new = [[text[length + step]] for text, length in zip(sequences, lengths, strict=True)]
+        found = together.feed(*new)
+        wanted = torch.cat([alone.feed(*([],) * row, new[row]) for row in range(rows)])
         deviations += ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).tolist()
         logs, expected = found.log_softmax(-1), wanted.log_softmax(-1)
         divergences += (expected.exp() * (expected - logs)).sum(-1).tolist()
@@ -191,10 +183,9 @@ def test_smollm2_in_a_batch_stays_close(smollm2_bf16: Path) -> None:
 
 def _prefilled(
     decoder: TransformersModel, sequences: list[list[int]], lengths: list[int]
-) -> KvCache:
-    """Return a cache that holds the first tokens of each sequence, read one by one."""
-    cache = KvCache(decoder.spec, 1 << 28)
-    cache.reserve(len(sequences), 256, [256] * len(sequences))
+) -> Sequences:
+    """Return the first tokens of each sequence, read one by one."""
+    found = Sequences(decoder, len(sequences))
     for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-        decoder.forward(Batch([sequence[:length]], [0], *cache.view(row, 1)))
-    return cache
+        found.feed(*([],) * row, sequence[:length])
+    return found

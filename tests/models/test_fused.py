@@ -8,10 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lowbit_server.engine.kv_cache import KvCache
 from lowbit_server.jobs.spec import CalibrationSpec
 from lowbit_server.models import bnb4bit
-from lowbit_server.models.decoder import Batch
 from lowbit_server.models.fused import FusedModel
 from lowbit_server.models.loading import load
 from lowbit_server.models.transformers import TransformersModel, place
@@ -24,12 +22,12 @@ from lowbit_server.quant.schemes import (
     RtnScheme,
 )
 from tests.models.quantkit import FAMILIES, Store, random_source
+from tests.sequences import Sequences
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from lowbit_server.models.decoder import DecoderModel
     from lowbit_server.quant.schemes import Scheme
 
 CONTEXT = 64
@@ -97,29 +95,6 @@ def tokens(count: int, seed: int = 0) -> list[int]:
     return torch.randint(1, 250, (count,), generator=generator).tolist()
 
 
-class Cache:
-    """A KV cache of some rows whose tokens are fed bit by bit."""
-
-    def __init__(self, model: DecoderModel, rows: int) -> None:
-        self._model = model
-        self._kv = KvCache(model.spec, 1 << 26)
-        self._kv.reserve(rows, CONTEXT, [CONTEXT] * rows)
-        self.lengths = [0] * rows
-
-    def feed(self, row: int, new: Sequence[int]) -> torch.Tensor:
-        """Return the logits after each new token of a row, (tokens, vocabulary)."""
-        batch = Batch([new], [self.lengths[row]], *self._kv.view(row, 1))
-        self.lengths[row] += len(new)
-        return self._model.logits(batch)[0].float()
-
-    def decode(self, new: Sequence[int]) -> torch.Tensor:
-        """Return the logits after one new token of every row, (rows, vocabulary)."""
-        batch = Batch([[one] for one in new], self.lengths, *self._kv.view(0, len(new)))
-        logits = self._model.forward(batch)
-        self.lengths = [length + 1 for length in self.lengths]
-        return logits
-
-
 def fused(folder: Path) -> FusedModel:
     model = load(folder, "cpu", CONTEXT)
     assert isinstance(model, FusedModel)
@@ -143,30 +118,39 @@ def test_logits_are_those_of_transformers(shape: str, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     text = tokens(CONTEXT - 1)
     expected = reference(plain, text)
-    assert deviation(Cache(model, 1).feed(0, text), expected) < 1e-5
+    assert deviation(Sequences(model, 1).feed(text), expected) < 1e-5
     # In chunks, one of them of one token, and then token by token.
-    cache = Cache(model, 1)
+    sequences = Sequences(model, 1)
     ends = [5, 6, 20, 45]
-    parts = [cache.feed(0, text[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
-    parts += [cache.decode([token]) for token in text[ends[-1] :]]
+    parts = [sequences.feed(text[one:end]) for one, end in zip([0, *ends], ends, strict=False)]
+    parts += [sequences.feed([token]) for token in text[ends[-1] :]]
     assert deviation(torch.cat(parts), expected) < 1e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_of_different_lengths_do_not_see_each_other(shape: str, tmp_path: Path) -> None:
+def test_sequences_do_not_see_each_other(shape: str, tmp_path: Path) -> None:
     folder = random_source(tmp_path / "source", torch.float32, **SHAPES[shape])
     model = fused(folder)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    texts = [tokens(length + 6, length) for length in (30, 1, 11, 11)]
-    cache = Cache(model, len(texts))
-    for row, text in enumerate(texts):
-        cache.feed(row, text[:-6])
-    for step in range(-6, 0):
-        found = cache.decode([text[step] for text in texts])
-        expected = torch.stack(
-            [reference(plain, text[: len(text) + step + 1])[-1] for text in texts]
+    texts = [tokens(length, length) for length in (50, 60, 25, 25)]
+    expected = [reference(plain, text) for text in texts]
+    sequences = Sequences(model, len(texts))
+    for row, length in enumerate((40, 30, 1, 5)):
+        sequences.feed(*([],) * row, texts[row][:length])
+    # One token each, then some several, then one each again.
+    for widths in ((1, 1, 1, 1), (1, 1, 3, 9), (1, 0, 0, 2), (1, 1, 1, 1)):
+        pairs = list(zip(sequences.lengths, widths, strict=True))
+        found = sequences.feed(
+            *[
+                text[start : start + width]
+                for text, (start, width) in zip(texts, pairs, strict=True)
+            ]
         )
-        assert deviation(found, expected) < 1e-5
+        wanted = [
+            logits[start : start + width]
+            for logits, (start, width) in zip(expected, pairs, strict=True)
+        ]
+        assert deviation(found, torch.cat(wanted)) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -184,8 +168,8 @@ def test_quantized_weights_are_those_of_the_transformers_path(
     small = store.quantized(scheme, calibration=calibration if calibrated else None)
     model = fused(small)
     other = TransformersModel(place(small, "cpu"), CONTEXT)
-    found = Cache(model, 1).feed(0, text)
-    expected = Cache(other, 1).feed(0, text)
+    found = Sequences(model, 1).feed(text)
+    expected = Sequences(other, 1).feed(text)
     assert deviation(found, expected) < 0.03  # bfloat16, rounded in other places
     # Its norms of heads lie there once for each head.
     assert model.live_bytes == pytest.approx(other.live_bytes, rel=0.005)
@@ -234,7 +218,7 @@ def test_half_precision_becomes_float32_on_a_cpu(tmp_path: Path) -> None:
     assert model.spec.dtype is torch.float32
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     text = tokens(20)
-    assert deviation(Cache(model, 1).feed(0, text), reference(plain, text)) < 1e-5
+    assert deviation(Sequences(model, 1).feed(text), reference(plain, text)) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -1,110 +1,146 @@
-"""The memory of keys and values, one tensor a layer for all requests."""
+"""The memory of keys and values: blocks of tokens, which sequences share and find again.
+
+Whole blocks whose tokens are known can be found by what they hold: a sequence that begins
+like an earlier one begins with its blocks. Those that nobody uses stay until room is needed,
+and go in the order of their last use.
+"""
 
 from __future__ import annotations
 
+from array import array
+from collections import OrderedDict
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import torch
 
+from lowbit_server.models.decoder import BLOCK_TOKENS
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from lowbit_server.models.decoder import ModelSpec
 
-# Capacity is a multiple of this: few sizes, so that freed memory fits again.
-BLOCK_TOKENS = 256
+# Memory is touched so many blocks at a time, when it is first needed.
+_GROWTH_BLOCKS = 64
+_DIGEST_BYTES = 16
 
 
 class KvCache:
-    """Keys and values of rows 0 to n-1; it grows as they need and never over its budget."""
+    """Blocks of `BLOCK_TOKENS` tokens, counted by who holds them."""
 
     def __init__(self, spec: ModelSpec, budget_bytes: int) -> None:
-        """Make an empty cache that may take `budget_bytes`."""
-        self._spec = spec
-        self._budget_tokens = budget_bytes // spec.token_bytes
-        self._rows = 0
-        self._capacity = 0
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-        self.release()
+        """Reserve as many blocks as fit into the budget.
 
-    def row_limit_tokens(self, rows: int) -> int:
-        """Return the longest that so many rows may be that fit into the budget by themselves."""
-        return self._budget_tokens // rows // BLOCK_TOKENS * BLOCK_TOKENS
+        On a CPU memory that was never needed is not taken. Raises torch.OutOfMemoryError
+        or RuntimeError without room.
+        """
+        self._block_bytes = spec.token_bytes * BLOCK_TOKENS
+        self.blocks = budget_bytes // self._block_bytes
+
+        def empty(heads: int, dim: int) -> Tensor:
+            shape = (self.blocks, heads, BLOCK_TOKENS, dim)
+            return torch.empty(shape, dtype=spec.dtype, device=spec.device)
+
+        self.keys = [empty(one.heads, one.key_dim) for one in spec.layers]
+        self.values = [empty(one.heads, one.value_dim) for one in spec.layers]
+        self._holders = [0] * self.blocks
+        self._touched = 0
+        self._free: list[int] = []
+        # Blocks without holders that can be found, the least recently used first.
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._digests: dict[int, bytes] = {}
+        self._found: dict[bytes, int] = {}
 
     @property
-    def bytes(self) -> int:
-        """Bytes that are allocated."""
-        return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
+    def available(self) -> int:
+        """Number of blocks that can be taken."""
+        return self.blocks - self._touched + len(self._free) + len(self._idle)
 
-    def fits(self, lengths: Iterable[int]) -> bool:
-        """Whether rows of these lengths, tokens, fit into the budget together."""
-        rows = [_blocks(length) for length in lengths]
-        return len(rows) * max(rows, default=0) <= self._budget_tokens
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the blocks that hold something, used or kept to be found again."""
+        return (self._touched - len(self._free)) * self._block_bytes
 
-    def reserve(self, rows: int, length: int, lengths: Iterable[int]) -> None:
-        """Make room for `rows` rows of `length` tokens; what is stored stays.
+    def take(self, count: int) -> list[int]:
+        """Return blocks that nobody else has, at most `available` ones; they hold numbers."""
+        if len(self._free) < count and self._touched < self.blocks:
+            self._touch(count - len(self._free))
+        while len(self._free) < count:
+            block, _ = self._idle.popitem(last=False)
+            del self._found[self._digests.pop(block)]
+            self._free.append(block)
+        taken = [self._free.pop() for _ in range(count)]
+        for block in taken:
+            self._holders[block] = 1
+        return taken
 
-        `lengths` is what the live rows may come to and must fit. Sizes double, so that
-        a growing row is copied a few times only, but no further than that.
-        Raises torch.OutOfMemoryError or RuntimeError when there is no memory; the cache
-        is then as good as before.
-        """
-        if rows <= self._rows and length <= self._capacity:
-            return
-        capacity, count = self._capacity, self._rows
-        if length > capacity:
-            capacity = max(_blocks(length), 2 * capacity)
-        if rows > count:
-            count = max(rows, 2 * count)
-        # In this order: rows may double as far as the longest row leaves room.
-        capacity = min(capacity, max(map(_blocks, lengths)))
-        count = min(count, self._budget_tokens // capacity)
-        for layer, shape in enumerate(self._spec.layers):
-            # Layer by layer: the old and the new tensor of just one live at a time.
-            self._keys[layer] = self._grown(self._keys[layer], count, capacity, shape.key_dim)
-            self._values[layer] = self._grown(self._values[layer], count, capacity, shape.value_dim)
-        self._rows, self._capacity = count, capacity
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Add a holder to each of these blocks."""
+        for block in blocks:
+            self._holders[block] += 1
+            self._idle.pop(block, None)
 
-    def view(self, row: int, rows: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return keys and values of `rows` rows from `row`, as views."""
-        return (
-            [keys[row : row + rows] for keys in self._keys],
-            [values[row : row + rows] for values in self._values],
-        )
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Take a holder off each of these blocks, of which a sequence's first live longest."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                if block in self._digests:
+                    self._idle[block] = None
+                else:
+                    self._free.append(block)
+
+    def publish(self, salt: bytes, tokens: Sequence[int], blocks: Sequence[int]) -> None:
+        """Let the whole blocks of a sequence be found by its tokens, under the same salt."""
+        for block, digest in zip(blocks, _digests(salt, tokens), strict=False):
+            if digest not in self._found and block not in self._digests:
+                self._found[digest] = block
+                self._digests[block] = digest
+
+    def find(self, salt: bytes, tokens: Sequence[int]) -> list[int]:
+        """Hold and return the blocks with the longest beginning of these tokens."""
+        blocks = []
+        for digest in _digests(salt, tokens):
+            if digest not in self._found:
+                break
+            blocks.append(self._found[digest])
+        self.hold(blocks)
+        return blocks
 
     @torch.inference_mode()
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one row over another."""
-        for tensor in (*self._keys, *self._values):
-            tensor[target, :, :length] = tensor[source, :, :length]
+    def copy(self, source: int, target: int) -> None:
+        """Copy one block over another."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target] = tensor[source]
 
-    def clear(self, row: int) -> None:
-        """Overwrite a row with zeros: masked values are multiplied by 0, NaN stays NaN."""
-        for tensor in (*self._keys, *self._values):
-            tensor[row].zero_()
+    @torch.inference_mode()
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero those that one sequence has alone and that cannot be found.
 
-    def release(self) -> None:
-        """Give all memory back; nothing stays stored."""
-        self._rows = self._capacity = 0
-        shapes = self._spec.layers
-        self._keys = [self._zeros(0, one.heads, 0, one.key_dim) for one in shapes]
-        self._values = [self._zeros(0, one.heads, 0, one.value_dim) for one in shapes]
+        What is masked is multiplied by 0, and NaN stays NaN.
+        """
+        own = [one for one in blocks if self._holders[one] == 1 and one not in self._digests]
+        for tensor in (*self.keys, *self.values):
+            tensor[own] = 0
 
-    def _grown(self, old: Tensor, rows: int, capacity: int, dim: int) -> Tensor:
-        new = self._zeros(rows, old.shape[1], capacity, dim)
-        kept, length = min(rows, old.shape[0]), min(capacity, old.shape[2])
-        new[:kept, :, :length] = old[:kept, :, :length]
-        return new
-
-    def _zeros(self, rows: int, heads: int, capacity: int, dim: int) -> Tensor:
-        # Zeros, as what lies beyond a row's tokens must be finite.
-        spec = self._spec
-        return torch.zeros(rows, heads, capacity, dim, dtype=spec.dtype, device=spec.device)
+    @torch.inference_mode()
+    def _touch(self, count: int) -> None:
+        first = self._touched
+        self._touched = min(self.blocks, first + max(count, _GROWTH_BLOCKS))
+        # Zeros, as what lies beyond a sequence's tokens must be finite.
+        for tensor in (*self.keys, *self.values):
+            tensor[first : self._touched].zero_()
+        # The lowest are taken first.
+        self._free[:0] = reversed(range(first, self._touched))
 
 
-def _blocks(tokens: int) -> int:
-    """Round up to whole blocks."""
-    return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+def _digests(salt: bytes, tokens: Sequence[int]) -> Iterator[bytes]:
+    """Yield one digest a whole block: of all tokens up to its end and the salt."""
+    digest = blake2b(salt, digest_size=_DIGEST_BYTES).digest()
+    for end in range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS):
+        held = array("I", tokens[end - BLOCK_TOKENS : end]).tobytes()
+        digest = blake2b(digest + held, digest_size=_DIGEST_BYTES).digest()
+        yield digest

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lowbit_server.engine.lookup import PromptLookup
+    from lowbit_server.engine.sampler import RowSampler
     from lowbit_server.engine.scoring import Scoring
 
 
@@ -91,8 +93,16 @@ class Running:
     context_tokens: int
     tokens: list[int] = field(default_factory=list)
     slot_at: float = 0.0
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found in the KV cache."""
+    prompt_told: bool = False
+    """Whether the prompt's log-probabilities, if asked for, were all said."""
     scoring: Scoring | None = None
     """What is known of its continuations, once the prompt was read."""
+    sampler: RowSampler | None = None
+    """Made with its first token."""
+    lookup: PromptLookup | None = None
+    """Made with its first draft."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,7 @@ class Roster:
             queue_us=round(queued * 1e6) if first else 0,
             index=running.index,
             logprobs=() if logprob is None else (logprob,),
+            cached_tokens=running.cached_tokens if first else 0,
         )
 
     def finish(self, running: Running, last: Output) -> Output:
@@ -98,6 +99,11 @@ class Roster:
         """Let a request wait again, behind all others."""
         self.running.remove(running)
         self._waiting.append([running])
+
+    def preempt(self, running: Running) -> None:
+        """Take an output's slot; it is the next to get one."""
+        self.running.remove(running)
+        self._waiting.appendleft([running])
 
     def fail(self, running: Running, message: str) -> Output:
         """End an output that holds a slot with an error."""

@@ -1,4 +1,4 @@
-"""What has a row of the KV cache: outputs that decode, and a prompt that is read."""
+"""What holds blocks of the KV cache: outputs that decode, and a prompt that is read."""
 
 from __future__ import annotations
 
@@ -9,36 +9,44 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lowbit_server.engine.request import Request, Running
-    from lowbit_server.engine.sampler import RowSampler
     from lowbit_server.engine.scoring import Scoring
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """An output with a row of the KV cache, which holds its first `length` tokens."""
-
-    running: Running
-    sampler: RowSampler
-    length: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Prefill:
-    """A prompt that is being read; its row of the KV cache holds the first `length` tokens."""
+    """A sequence of tokens; its first `length` ones are in its blocks of the KV cache."""
 
     outputs: list[Running]
-    """Those that have not ended yet; all of one request."""
-    length: int = 0
+    """Those that have not ended yet: one that decodes, or all that wait for their prompt."""
+    blocks: list[int]
+    length: int
     scoring: Scoring | None = None
     """Set once the prompt of a request with continuations is read."""
     scored_chunks: int = 0
 
     @property
-    def request(self) -> Request:
-        """The request of the prompt."""
-        return self.outputs[0].request
+    def running(self) -> Running:
+        """The first output."""
+        return self.outputs[0]
 
     @property
-    def prompt_left(self) -> Sequence[int]:
-        """Tokens of the prompt that are not in the cache yet."""
-        return self.request.prompt[self.length :]
+    def request(self) -> Request:
+        """The request of all outputs."""
+        return self.running.request
+
+    @property
+    def known(self) -> int:
+        """Number of tokens of the prompt and of what was made."""
+        return len(self.request.prompt) + len(self.running.tokens)
+
+    def next_tokens(self, count: int) -> Sequence[int]:
+        """Return up to `count` known tokens that are not in the cache yet.
+
+        They do not reach from the prompt into what was made: after a preemption these come
+        again as they came first.
+        """
+        prompt = self.request.prompt
+        if self.length < len(prompt):
+            return prompt[self.length : self.length + count]
+        made = self.length - len(prompt)
+        return self.running.tokens[made : made + count]

@@ -1,4 +1,4 @@
-"""Attention of one batch over the engine's KV cache."""
+"""Attention of one forward pass over the blocks of the KV cache."""
 
 from __future__ import annotations
 
@@ -8,32 +8,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from lowbit_server.models.blocks import Rows, rectangles
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
     from lowbit_server.models.architecture import Rope
+    from lowbit_server.models.decoder import Span
 
 
 class Attention:
-    """What all layers share in one forward pass: angles, masks and where tokens go.
+    """What all layers share in one forward pass: angles, masks and where tokens are."""
 
-    Tokens are flat: one of each row, or several of one row.
-    """
-
-    def __init__(self, starts: Sequence[int], width: int, rope: Rope, dtype: torch.dtype) -> None:
-        """Take how many tokens each row has in the cache, and how many new ones."""
+    def __init__(self, spans: Sequence[Span], rope: Rope, dtype: torch.dtype) -> None:
+        """Take the spans, whose tokens stand one after the other in all tensors."""
         device = rope.frequencies.device
-        self._width, self._shortest, self._longest = width, min(starts), max(starts)
-        self._end = self._longest + width
-        self._dtype, self._device = dtype, device
-        self._starts = torch.tensor(starts, device=device)
-        self._rows = torch.arange(len(starts), device=device)
-        new = torch.arange(width, device=device)
-        self._positions = self._starts + new if len(starts) == 1 else self._starts
-        self._cosine, self._sine = rope.table(self._positions, dtype)
-        self._masks: dict[int | None, Tensor | None] = {}
+        self._parts = [_Part(rows, dtype) for rows in rectangles(spans, device)]
+        positions = torch.cat([part.rows.positions.view(-1) for part in self._parts])
+        self._cosine, self._sine = rope.table(positions, dtype)
 
     def turn(self, heads: Tensor) -> Tensor:
         """Return heads (tokens, heads, head size) at the angles of their positions."""
@@ -46,15 +40,40 @@ class Attention:
         """Store new keys and values and return what the queries find, (tokens, heads * size).
 
         `new` has queries (tokens, heads, size), keys and values (tokens, KV heads, size);
-        `cache` has keys and values (rows, KV heads, capacity, size).
+        `cache` has keys and values (blocks, KV heads, BLOCK_TOKENS, size).
         """
+        found, first = [], 0
+        for part in self._parts:
+            tokens = slice(first, first + part.rows.positions.numel())
+            query, key, value = (one[tokens] for one in new)
+            found.append(part.attend((query, key, value), cache, window))
+            first = tokens.stop
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+class _Part:
+    """Attention of the rows of one rectangle."""
+
+    def __init__(self, rows: Rows, dtype: torch.dtype) -> None:
+        self.rows = rows
+        self._dtype = dtype
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def attend(
+        self, new: tuple[Tensor, Tensor, Tensor], cache: tuple[Tensor, Tensor], window: int | None
+    ) -> Tensor:
+        rows = self.rows
         query, key, value = new
-        first = 0 if window is None else max(self._shortest - window + 1, 0)
-        keys = self._stored(cache[0], key)[:, :, first:]
-        values = self._stored(cache[1], value)[:, :, first:]
+        for stored, made in zip(cache, (key, value), strict=True):
+            rows.store(stored, made)
+        first = 0 if window is None else max(rows.shortest - window + 1, 0)
+        if rows.width > 1 and not rows.longest:  # all that can be seen is new
+            keys, values = (one.transpose(0, 1)[None] for one in (key, value))
+        else:
+            keys, values = (rows.seen(one, first) for one in cache)
         mask = self._mask(window, first)
         heads, groups = query.shape[1], key.shape[1]
-        if self._width == 1:
+        if rows.width == 1:
             # The heads that share keys are queries of one: far fewer, larger products.
             folded = query.view(len(query), groups, heads // groups, -1)
             found = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
@@ -69,16 +88,6 @@ class Attention:
         )
         return found[0].transpose(0, 1).reshape(len(query), -1)
 
-    def _stored(self, stored: Tensor, new: Tensor) -> Tensor:
-        """Write new heads (tokens, heads, size) to their rows' ends; return all up to there."""
-        if self._width > 1:
-            stored[0, :, self._longest : self._end] = new.transpose(0, 1)
-        elif self._shortest == self._longest:
-            stored[:, :, self._longest] = new
-        else:
-            stored[self._rows, :, self._starts] = new
-        return stored[:, :, : self._end]
-
     def _mask(self, window: int | None, first: int) -> Tensor | None:
         """Return what is added to scores, (rows or 1, 1, tokens or 1, seen); None for nothing."""
         if window not in self._masks:
@@ -86,15 +95,16 @@ class Attention:
         return self._masks[window]
 
     def _made_mask(self, window: int | None, first: int) -> Tensor | None:
-        if self._width == 1 and self._shortest == self._longest:
+        rows = self.rows
+        if rows.width == 1 and rows.shortest == rows.longest:
             return None
-        if self._width > 1 and not self._longest and (window is None or window >= self._width):
+        if rows.width > 1 and not rows.longest and (window is None or window >= rows.width):
             return None  # the kernel's own causal mask, which skips what it hides
-        keys = torch.arange(first, self._end, device=self._device)
-        positions = self._positions[:, None]
+        keys = torch.arange(first, rows.end, device=rows.starts.device)
+        positions = rows.positions.view(-1, 1)
         hidden = keys > positions
         if window is not None:
             hidden |= keys <= positions - window
-        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=keys.device)
         mask.masked_fill_(hidden, -math.inf)
-        return mask[:, None, None] if self._width == 1 else mask[None, None]
+        return mask[:, None, None] if rows.width == 1 else mask[None, None]

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 512
 """Prompts are read in chunks of at most this size, one a step (`engine.pacing`). Larger
 chunks gain little throughput."""
+BLOCK_TOKENS = 32
+"""Tokens in a block of the KV cache: what a sequence may waste, and the grain in which
+beginnings of prompts are found again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +45,35 @@ class ModelSpec:
         return elements * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The tokens of one forward pass and the KV cache of their rows.
+def blocks_of(tokens: int) -> int:
+    """Return how many blocks hold so many tokens."""
+    return -(-tokens // BLOCK_TOKENS)
 
-    `tokens` are rows of equal length; several rows have one token each. `starts` says
-    how many tokens of each row are in the cache already, which is where the new ones go.
-    `keys` and `values` have one tensor a layer, (rows, heads, capacity, key or value
-    dim); the model writes the new tokens' into them. What lies beyond a row's tokens is
-    finite but means nothing.
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """New tokens of one sequence whose first `start` tokens are in the KV cache.
+
+    Its token t is, or is put, in block `blocks[t // BLOCK_TOKENS]` at t % BLOCK_TOKENS. The
+    logits after its last `wanted` new tokens are asked for.
     """
 
-    tokens: Sequence[Sequence[int]]
-    starts: Sequence[int]
+    tokens: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    wanted: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward pass computes, and the KV cache.
+
+    `keys` and `values` have one tensor a layer, (blocks, heads, BLOCK_TOKENS, key or value
+    dim); the model writes the new tokens' into them. What a block has beyond its sequence's
+    tokens is finite but means nothing.
+    """
+
+    spans: Sequence[Span]
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
 
@@ -71,7 +90,4 @@ class DecoderModel(Protocol):
         """Bytes of its weights in memory, measured after a first use."""
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the logits after each row's last token, (rows, vocabulary) float32."""
-
-    def logits(self, batch: Batch) -> Tensor:
-        """Return the logits after every token, (rows, tokens, vocabulary), as computed."""
+        """Return all logits that are wanted, (tokens, vocabulary), as computed."""

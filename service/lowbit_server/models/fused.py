@@ -7,6 +7,7 @@ KV cache. `models.transformers` computes the same with the library's modules.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,13 +16,14 @@ from torch.nn import functional
 
 from lowbit_server.models.attention import Attention
 from lowbit_server.models.checkpoint import EMBEDDING
-from lowbit_server.models.decoder import Batch, LayerShape, ModelSpec
+from lowbit_server.models.decoder import LayerShape, ModelSpec
 from lowbit_server.models.linears import DenseLinear
 from lowbit_server.models.measure import live_bytes
 
 if TYPE_CHECKING:
     from lowbit_server.models.architecture import Architecture
     from lowbit_server.models.checkpoint import Checkpoint
+    from lowbit_server.models.decoder import Batch
 
 _HEAD = "lm_head"
 
@@ -126,30 +128,23 @@ class FusedModel(nn.Module):
         """Bytes of all weights."""
         return live_bytes(self)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the logits after each row's last token, (rows, vocabulary) float32."""
-        hidden = self._hidden(batch)
-        return self._logits(hidden if len(batch.tokens[0]) == 1 else hidden[-1:]).float()
-
-    def logits(self, batch: Batch) -> Tensor:
-        """Return the logits after every token, (rows, tokens, vocabulary), as computed."""
-        logits = self._logits(self._hidden(batch))
-        return logits.view(len(batch.tokens), -1, self.spec.vocab_size)
-
     @torch.inference_mode()
-    def _hidden(self, batch: Batch) -> Tensor:
-        """Return the last layer's hidden states (tokens, hidden)."""
-        spec = self.spec
-        width = len(batch.tokens[0])
-        ids = torch.tensor(batch.tokens, device=spec.device).view(-1)
+    def forward(self, batch: Batch) -> Tensor:
+        """Return all logits that are wanted, (tokens, vocabulary), as computed."""
+        spec, spans = self.spec, batch.spans
+        ids = torch.tensor([token for one in spans for token in one.tokens], device=spec.device)
         hidden = functional.embedding(ids, self._embedding)
-        attention = Attention(batch.starts, width, self._rope, spec.dtype)
+        attention = Attention(spans, self._rope, spec.dtype)
         for layer, *cache in zip(self._layers, batch.keys, batch.values, strict=True):
             layer.forward(hidden, attention, cache)
-        return hidden
-
-    @torch.inference_mode()
-    def _logits(self, hidden: Tensor) -> Tensor:
-        normed = normalized(hidden, self._norm, self._epsilon)
-        logits: Tensor = self._head.forward(normed)
+        wanted = [
+            end - left
+            for one, end in zip(spans, accumulate(len(one.tokens) for one in spans), strict=True)
+            for left in range(one.wanted, 0, -1)
+        ]
+        if not wanted:
+            return hidden.new_empty(0, spec.vocab_size)
+        if len(wanted) < len(hidden):
+            hidden = hidden[wanted]
+        logits: Tensor = self._head.forward(normalized(hidden, self._norm, self._epsilon))
         return logits

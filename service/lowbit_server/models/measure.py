@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowbit_server.models.decoder import CHUNK_TOKENS, Batch
+from lowbit_server.models.decoder import BLOCK_TOKENS, CHUNK_TOKENS, Batch, Span, blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,7 +44,8 @@ def prompt_logits(model: DecoderModel, prompt: Sequence[int]) -> Iterator[Tensor
     """
     row = _Row(model, len(prompt))
     for start in range(0, len(prompt), CHUNK_TOKENS):
-        yield model.logits(row.batch(prompt[start : start + CHUNK_TOKENS]))[0]
+        chunk = prompt[start : start + CHUNK_TOKENS]
+        yield model.forward(row.batch(chunk, len(chunk)))
 
 
 def prefill_tokens_per_second(model: DecoderModel) -> float:
@@ -77,23 +78,25 @@ def decode_tokens_per_second(model: DecoderModel) -> float:
 
 
 class _Row:
-    """Keys and values of one row of tokens, alone in its KV cache."""
+    """One sequence of tokens, alone in its KV cache."""
 
     def __init__(self, model: DecoderModel, capacity: int) -> None:
         spec = model.spec
+        self._blocks = range(blocks_of(capacity))
 
         def zeros(heads: int, dim: int) -> Tensor:
-            return torch.zeros(1, heads, capacity, dim, dtype=spec.dtype, device=spec.device)
+            shape = (len(self._blocks), heads, BLOCK_TOKENS, dim)
+            return torch.zeros(shape, dtype=spec.dtype, device=spec.device)
 
         self._keys = [zeros(one.heads, one.key_dim) for one in spec.layers]
         self._values = [zeros(one.heads, one.value_dim) for one in spec.layers]
         self._length = 0
 
-    def batch(self, tokens: Sequence[int]) -> Batch:
-        """Return the batch that adds these tokens to the row."""
-        start = self._length
+    def batch(self, tokens: Sequence[int], wanted: int = 1) -> Batch:
+        """Return the batch that adds these tokens to the sequence."""
+        span = Span(tokens, self._length, self._blocks, wanted)
         self._length += len(tokens)
-        return Batch([tokens], [start], self._keys, self._values)
+        return Batch([span], self._keys, self._values)
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:

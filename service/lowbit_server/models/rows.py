@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
@@ -13,35 +12,18 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lowbit_server.models.blocks import Rows
     from lowbit_server.models.decoder import Batch
 
 
-class Rows:
-    """How long the rows of a batch are, on the host and on the device."""
-
-    def __init__(self, starts: Sequence[int], device: torch.device) -> None:
-        """Take the number of tokens that each row has in the cache."""
-        self.shortest, self.longest = min(starts), max(starts)
-        self.starts = torch.tensor(starts, device=device)
-        self.index = torch.arange(len(starts), device=device)
-
-    @property
-    def offset(self) -> int | Tensor:
-        """Position of the new tokens: one number, or (rows,) when they differ.
-
-        Rows of equal length so take the very path that `generate` takes.
-        """
-        return self.longest if self.shortest == self.longest else self.starts
-
-
 class RowLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values: writes new tokens in place, returns views.
+    """One layer's keys and values: writes new tokens in place, returns copies of all.
 
-    With a sliding window the views begin where the shortest row's window begins.
+    With a sliding window these begin where the shortest row's window begins.
     """
 
     def __init__(self, rows: Rows, keys: Tensor, values: Tensor, window: int | None) -> None:
-        """Take tensors (rows, heads, capacity, dim)."""
+        """Take tensors (blocks, heads, BLOCK_TOKENS, dim)."""
         super().__init__()
         self.is_initialized = True
         self.is_sliding = window is not None
@@ -53,21 +35,22 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Store new tokens (rows, heads, tokens, dim); return all that may be seen."""
-        rows, end = self._rows, self._rows.longest + key_states.shape[2]
+        rows = self._rows
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            if rows.shortest == rows.longest:
-                stored[:, :, rows.longest : end] = new
-            else:
-                stored[rows.index, :, rows.starts] = new[:, :, 0]
-        return self.keys[:, :, self._first : end], self.values[:, :, self._first : end]
+            rows.store(stored, new.transpose(1, 2).flatten(0, 1))
+        return rows.seen(self.keys, self._first), rows.seen(self.values, self._first)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, _: int) -> tuple[int, int]:
         """Return the length and the first position of what `update` returns."""
-        return self._rows.longest + query_length - self._first, self._first
+        return self._rows.end - self._first, self._first
 
     def get_seq_length(self) -> int | Tensor:
-        """Return the number of tokens before the new ones, as `Rows.offset`."""
-        return self._rows.offset
+        """Return the number of tokens before the new ones: one, or (rows,) when they differ.
+
+        Rows of equal length so take the very path that `generate` takes.
+        """
+        rows = self._rows
+        return rows.longest if rows.shortest == rows.longest else rows.starts
 
     def get_max_length(self) -> int:
         """Return -1: the engine sees to the length."""

@@ -9,11 +9,12 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from lowbit_server.models.decoder import Batch, LayerShape, ModelSpec
+from lowbit_server.models.blocks import Rows, rectangles
+from lowbit_server.models.decoder import BLOCK_TOKENS, Batch, LayerShape, ModelSpec, Span
 from lowbit_server.models.grouped_loading import is_grouped, load_grouped
 from lowbit_server.models.int8 import use_int8_kernels
 from lowbit_server.models.measure import live_bytes
-from lowbit_server.models.rows import Rows, register_masks, row_cache
+from lowbit_server.models.rows import register_masks, row_cache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +83,7 @@ class TransformersModel:
         shared = model._supports_attention_backend  # noqa: SLF001
         if "position_ids" not in parameters or not shared:
             raise _unsupported(model, "its positions or masks cannot be set for each row")
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._keep = "logits_to_keep" if "logits_to_keep" in parameters else ""
         tokens = [1 + index % 7 for index in range(CHECK_TOKENS)]
         expected, cache = self._plain(tokens)
         self._windows, shapes, dtype = _learn_layers(model, cache)
@@ -101,28 +102,26 @@ class TransformersModel:
         """Bytes of all weights, quantization state and buffers."""
         return live_bytes(self._model)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the logits after each row's last token, (rows, vocabulary) float32."""
-        return self._run(batch, **self._last_only)[:, -1].float()
-
-    def logits(self, batch: Batch) -> Tensor:
-        """Return the logits after every token, (rows, tokens, vocabulary), as computed."""
-        return self._run(batch)
-
     @torch.inference_mode()
-    def _run(self, batch: Batch, **options: int) -> Tensor:
-        device = self.spec.device
-        rows = Rows(batch.starts, device)
-        tokens = torch.tensor(batch.tokens, device=device)
-        positions = rows.starts[:, None] + torch.arange(tokens.shape[1], device=device)
+    def forward(self, batch: Batch) -> Tensor:
+        """Return all logits that are wanted, (tokens, vocabulary), as computed."""
+        parts = [self._run(batch, rows) for rows in rectangles(batch.spans, self.spec.device)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _run(self, batch: Batch, rows: Rows) -> Tensor:
+        """Return the logits after each row's last tokens, as many as any of them wants."""
+        wanted = max(span.wanted for span in rows.spans)
+        tokens = torch.tensor([span.tokens for span in rows.spans], device=rows.starts.device)
+        # What keeps 0 logits keeps all.
+        keep = {self._keep: max(wanted, 1)} if self._keep else {}
         logits: Tensor = self._model(
             input_ids=tokens,
-            position_ids=positions,
+            position_ids=rows.positions,
             past_key_values=row_cache(batch, rows, self._windows),
             use_cache=True,
-            **options,
+            **keep,
         ).logits
-        return logits
+        return logits[:, logits.shape[1] - wanted :].flatten(0, 1)
 
     @torch.inference_mode()
     def _plain(self, tokens: Sequence[int]) -> tuple[Tensor, DynamicCache]:
@@ -136,19 +135,17 @@ class TransformersModel:
     def _check(self, tokens: Sequence[int], expected: Tensor) -> None:
         """Run the prompt once more, in chunks and in rows of different lengths."""
         last, half = len(tokens) - 1, len(tokens) // 2
-        spec, size = self.spec, (2, len(tokens))
-        keys = [_zeros(spec, size, one.heads, one.key_dim) for one in spec.layers]
-        values = [_zeros(spec, size, one.heads, one.value_dim) for one in spec.layers]
+        spec = self.spec
+        keys = [_zeros(spec, one.heads, one.key_dim) for one in spec.layers]
+        values = [_zeros(spec, one.heads, one.value_dim) for one in spec.layers]
 
-        def run(ids: list[Sequence[int]], starts: list[int], first: int) -> Tensor:
-            rows = slice(first, first + len(ids))
-            views = [key[rows] for key in keys], [value[rows] for value in values]
-            return self.forward(Batch(ids, starts, *views))
+        def run(*spans: Span) -> Tensor:
+            return self.forward(Batch(spans, keys, values)).float()
 
         try:
-            found = [run([tokens[:2]], [0], 1), run([tokens[:half]], [0], 0)]
-            found += [run([tokens[half:last]], [half], 0)]
-            found += [run([tokens[last:], tokens[2:3]], [last, 2], 0)]
+            found = [run(Span(tokens[:2], 0, [1])), run(Span(tokens[:half], 0, [0]))]
+            found += [run(Span(tokens[half:last], half, [0]))]
+            found += [run(Span(tokens[last:], last, [0]), Span(tokens[2:3], 2, [1]))]
         except (TypeError, ValueError) as error:
             raise _unsupported(self._model, f"it fails on a batch: {error}") from error
         wanted = expected[[1, half - 1, last - 1, last, 2]]
@@ -158,9 +155,8 @@ class TransformersModel:
             raise _unsupported(self._model, f"its logits in a batch are off by {worst:.2g}")
 
 
-def _zeros(spec: ModelSpec, size: tuple[int, int], heads: int, dim: int) -> Tensor:
-    shape = (size[0], heads, size[1], dim)
-    return torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+def _zeros(spec: ModelSpec, heads: int, dim: int) -> Tensor:
+    return torch.zeros(2, heads, BLOCK_TOKENS, dim, dtype=spec.dtype, device=spec.device)
 
 
 def _learn_layers(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowbit_server.models.decoder import LayerShape, ModelSpec
+from lowbit_server.models.decoder import BLOCK_TOKENS, LayerShape, ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,32 +33,39 @@ class CountingModel:
         self.fails: set[int] = set()
         self.breaks: set[int] = set()
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.logits(batch)[:, -1]
+    @property
+    def widths(self) -> list[int]:
+        """How many tokens the first span of each batch had."""
+        return [len(batch.spans[0].tokens) for batch in self.batches]
 
-    def logits(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         number = len(self.batches)
         self.batches.append(batch)
         if number in self.fails:
             message = "the model broke"
             raise RuntimeError(message)
-        logits = torch.zeros(len(batch.tokens), len(batch.tokens[0]), VOCAB)
-        for row, (tokens, start) in enumerate(zip(batch.tokens, batch.starts, strict=True)):
-            end = start + len(tokens)
+        wanted = []
+        for span in batch.spans:
+            blocks, end = list(span.blocks), span.start + len(span.tokens)
+            assert len(blocks) * BLOCK_TOKENS >= end
             sums = set()
-            for stored in (*batch.keys, *batch.values):
-                stored[row, :, start:end] = torch.tensor(tokens, dtype=torch.float32)[None, :, None]
-                sums |= set(stored[row, :, :end].sum(1).flatten().tolist())
-            assert len(sums) == 1, "the layers differ: a row was moved in part"
+            for pool in (*batch.keys, *batch.values):
+                stored = pool[blocks].transpose(0, 1).flatten(1, 2)
+                stored[:, span.start : end] = torch.tensor(span.tokens).float()[None, :, None]
+                pool[blocks] = stored.unflatten(1, (-1, BLOCK_TOKENS)).transpose(0, 1)
+                sums |= set(stored[:, :end].sum(1).flatten().tolist())
+            assert len(sums) == 1, "the layers differ: a block was moved in part"
             total, columns = int(sums.pop()), []
-            for index in reversed(range(len(tokens))):
-                columns.append(_hash(total, start + index + 1))
-                total -= tokens[index]
-            logits[row, range(len(tokens)), columns[::-1]] = 1
+            for index in reversed(range(len(span.tokens))):
+                columns.append(_hash(total, span.start + index + 1))
+                total -= span.tokens[index]
+            wanted += columns[::-1][len(columns) - span.wanted :]
+        logits = torch.zeros(len(wanted), VOCAB)
+        logits[range(len(wanted)), wanted] = 1
         if number in self.breaks:
             logits[-1] = torch.nan
-            for stored in (*batch.keys, *batch.values):
-                stored[-1] = torch.nan
+            for pool in (*batch.keys, *batch.values):
+                pool[batch.spans[-1].blocks[-1]] = torch.nan
         return logits
 
 

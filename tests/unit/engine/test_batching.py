@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit_server.engine.batching import BatchingEngine
-from lowbit_server.engine.kv_cache import BLOCK_TOKENS
 from lowbit_server.engine.pacing import LEAST_TOKENS
 from lowbit_server.engine.request import Finish, Output, Request, Sampling
-from lowbit_server.models.decoder import CHUNK_TOKENS
+from lowbit_server.models.decoder import BLOCK_TOKENS, CHUNK_TOKENS
 from tests.unit.engine.counting import VOCAB, CountingModel, expected, expected_logprob
 
 TOKEN = CountingModel().spec.token_bytes
@@ -105,7 +104,7 @@ def check_output(
 
 
 @settings(deadline=None)
-@given(arrivals=arrivals, slots=st.integers(1, 5), blocks=st.integers(2, 12))
+@given(arrivals=arrivals, slots=st.integers(1, 5), blocks=st.integers(2, 96))
 def test_every_request_gets_its_own_tokens_and_ends_once(
     arrivals: list[Arrival], slots: int, blocks: int
 ) -> None:
@@ -133,14 +132,13 @@ def test_every_request_gets_its_own_tokens_and_ends_once(
             (refusal,) = log.all_ends.pop((number, 0))
             assert "more than" in str(refusal)
             continue
-        # The rows of a request's outputs share the budget.
-        context = min(1200, blocks // arrival.n * BLOCK_TOKENS)
+        context = min(1200, budget_tokens)
         for index in range(arrival.n):
             ends = log.all_ends.pop((number, index))
             check_output(arrival, number, log.all_tokens[number, index], ends, context)
     assert not any(log.all_ends.values())
-    assert engine.status().kv_bytes == 0
     assert engine.status().running == engine.status().waiting == 0
+    assert engine._kv.available == blocks, "a block was lost"
 
 
 def test_a_long_prompt_comes_in_chunks_beside_running_requests() -> None:
@@ -155,7 +153,7 @@ def test_a_long_prompt_comes_in_chunks_beside_running_requests() -> None:
         log.add(engine.step())
         made += 1
         assert len(log.tokens[1]) == made
-    widths = [len(batch.tokens[0]) for batch in model.batches if len(batch.tokens[0]) > 5]
+    widths = [width for width in model.widths if width > 5]
     assert sum(widths) == len(long)
     assert min(widths[:-1]) >= LEAST_TOKENS
     assert max(widths) <= CHUNK_TOKENS
@@ -169,7 +167,7 @@ def test_requests_that_run_are_one_batch() -> None:
     for number in range(4):
         engine.submit(Request(number, prompt(number, 3), 10))
     run(engine, log)
-    assert max(len(batch.tokens) for batch in model.batches) == 4
+    assert max(len(batch.spans) for batch in model.batches) == 4
     assert all(log.tokens[number] == expected(prompt(number, 3), 10) for number in range(4))
 
 
@@ -248,7 +246,7 @@ def test_several_outputs_come_from_one_prefill() -> None:
     log.add(engine.step())
     engine.submit(Request(2, prompt(2, 700), 3, n=4))
     run(engine, log)
-    widths = [len(batch.tokens[0]) for batch in model.batches if len(batch.tokens[0]) > 4]
+    widths = [width for width in model.widths if width > 4]
     assert widths == [CHUNK_TOKENS, 700 - CHUNK_TOKENS]
     assert log.tokens[1] == expected(prompt(1, 4), 9)
     for index in range(4):
@@ -293,7 +291,7 @@ def test_a_failing_prefill_ends_all_outputs() -> None:
     engine.submit(Request(1, prompt(1, 3), 5, n=3))
     run(engine, log)
     assert len(log.all_ends) == 3
-    assert engine.status().kv_bytes == 0
+    assert engine._kv.available == engine._kv.blocks
 
 
 @pytest.mark.parametrize("length", [1, 2, CHUNK_TOKENS, CHUNK_TOKENS + 1, 2 * CHUNK_TOKENS + 7])

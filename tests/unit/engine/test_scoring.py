@@ -73,7 +73,7 @@ def test_each_token_is_judged_after_all_before_it(
 
 
 def run_with_company(scored: Request) -> list[Output]:
-    """Run it beside requests that decode and end, so that its row is moved."""
+    """Run it beside requests that decode and end."""
     engine = make(CountingModel())
     for number, count in ((2, 2), (3, 7)):
         engine.submit(Request(number, (number,), count))
@@ -93,7 +93,7 @@ def test_the_prompt_is_read_once_and_last_tokens_never() -> None:
     continuations = (GREEDY, (7,), long, (8, 9))
     engine.submit(request(continuations))
     check(run(engine), PROMPT, continuations)
-    run_tokens = [tuple(batch.tokens[0]) for batch in model.batches]
+    run_tokens = [tuple(batch.spans[0].tokens) for batch in model.batches]
     assert run_tokens == [PROMPT, GREEDY[:-1], long[:CHUNK_TOKENS], long[CHUNK_TOKENS:-1], (8,)]
 
 
@@ -162,7 +162,7 @@ def test_a_score_of_many_gives_way_to_those_who_wait() -> None:
         made = [one for output in outputs if output.request == number for one in output.token_ids]
         assert made == expected((number,), 3)
     # Once more after the others came, and never again while nobody waits.
-    assert [tuple(batch.tokens[0]) for batch in model.batches].count(PROMPT) == 2
+    assert [tuple(batch.spans[0].tokens) for batch in model.batches].count(PROMPT) == 2
 
 
 def test_a_score_that_waits_again_can_be_cancelled() -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import transformers
 
-from lowbit_server.models import rows
-from lowbit_server.models import transformers as path
-from lowbit_server.models.decoder import Batch, LayerShape
+from lowbit_server.models import blocks, rows
+from lowbit_server.models.decoder import LayerShape
 from lowbit_server.models.transformers import TransformersModel, UnsupportedModelError, place
+from tests.sequences import Sequences
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from lowbit_server.models.decoder import Span
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = SMALL | {
@@ -73,14 +77,13 @@ def test_wrong_logits_in_a_batch_are_noticed(
     model = build(transformers.LlamaConfig(**LLAMA)).to(dtype)
     TransformersModel(model, 128)
 
-    class Careless(rows.Rows):
-        """Takes all rows to be as long as the longest."""
+    class Careless(blocks.Rows):
+        """Lets all rows begin where the first one begins."""
 
-        @property
-        def offset(self) -> int:
-            return self.longest
+        def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+            super().__init__([replace(span, start=spans[0].start) for span in spans], device)
 
-    monkeypatch.setattr(path, "Rows", Careless)
+    monkeypatch.setattr(blocks, "Rows", Careless)
     with pytest.raises(UnsupportedModelError, match="logits in a batch are off"):
         TransformersModel(model, 128)
 
@@ -94,18 +97,13 @@ def test_a_model_of_nan_is_refused() -> None:
 
 def test_rows_see_only_their_own_tokens() -> None:
     model = TransformersModel(build(transformers.LlamaConfig(**LLAMA)), 128)
-    shape = (2, 2, 16, 8)
-    keys = [torch.full(shape, 9.0) for _ in range(2)]
-    values = [torch.full(shape, 9.0) for _ in range(2)]
-    prompts = [[1, 2, 3, 4, 5], [6, 7]]
-    for row, prompt in enumerate(prompts):
-        views = [key[row : row + 1] for key in keys], [value[row : row + 1] for value in values]
-        model.forward(Batch([prompt], [0], *views))
-    together = model.forward(Batch([[8], [9]], [5, 2], keys, values))
-    for row, (prompt, token) in enumerate(zip(prompts, (8, 9), strict=True)):
-        clean = [torch.zeros(1, 2, 16, 8) for _ in range(4)]
-        alone = model.forward(Batch([[*prompt, token]], [0], clean[:2], clean[2:]))
-        torch.testing.assert_close(together[row], alone[0])
+    texts = [[1, 2, 3, 4, 5, 8], [6, 7, 9]]
+    together = Sequences(model, 2)
+    for row, text in enumerate(texts):
+        together.feed(*([],) * row, text[:-1])
+    found = together.feed(*[text[-1:] for text in texts])
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(found[row], Sequences(model, 1).feed(text)[-1])
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:

@@ -430,8 +430,7 @@ type Sampling struct {
 	// Makes sampling reproducible. Without it every request samples anew.
 	Seed *uint64 `protobuf:"varint,8,opt,name=seed,proto3,oneof" json:"seed,omitempty"`
 	// Number of outputs for the one prompt, which is read once. Each has a random stream of its
-	// own, made from seed and index; the first is what n = 1 gives. They share the KV memory: the
-	// more there are, the shorter the context of each may be. Default 1.
+	// own, made from seed and index; the first is what n = 1 gives. Default 1.
 	N *uint32 `protobuf:"varint,9,opt,name=n,proto3,oneof" json:"n,omitempty"`
 	// Keeps the smallest set of tokens with this probability whose information content is nearest
 	// to the distribution's entropy (Meister et al. 2022). Default 1 (off).

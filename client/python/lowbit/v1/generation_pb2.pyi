@@ -260,8 +260,7 @@ class Sampling(_message.Message):
     """Makes sampling reproducible. Without it every request samples anew."""
     n: _builtins.int
     """Number of outputs for the one prompt, which is read once. Each has a random stream of its
-    own, made from seed and index; the first is what n = 1 gives. They share the KV memory: the
-    more there are, the shorter the context of each may be. Default 1.
+    own, made from seed and index; the first is what n = 1 gives. Default 1.
     """
     typical_p: _builtins.float
     """Keeps the smallest set of tokens with this probability whose information content is nearest

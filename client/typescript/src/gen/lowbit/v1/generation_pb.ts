@@ -205,8 +205,7 @@ export type Sampling = Message<"lowbit.v1.Sampling"> & {
 
   /**
    * Number of outputs for the one prompt, which is read once. Each has a random stream of its
-   * own, made from seed and index; the first is what n = 1 gives. They share the KV memory: the
-   * more there are, the shorter the context of each may be. Default 1.
+   * own, made from seed and index; the first is what n = 1 gives. Default 1.
    *
    * @generated from field: optional uint32 n = 9;
    */

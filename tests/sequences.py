@@ -1,0 +1,36 @@
+"""Feeds a model some sequences through a KV cache, as an engine does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowbit_server.engine.kv_cache import KvCache
+from lowbit_server.models.decoder import Batch, Span, blocks_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from lowbit_server.models.decoder import DecoderModel
+
+
+class Sequences:
+    """Some sequences whose blocks lie between those of the others."""
+
+    def __init__(self, model: DecoderModel, count: int) -> None:
+        self._model = model
+        self._kv = KvCache(model.spec, 1 << 24)
+        self._blocks: list[list[int]] = [[] for _ in range(count)]
+        self.lengths = [0] * count
+
+    def feed(self, *new: Sequence[int]) -> torch.Tensor:
+        """Return the logits after each new token of each sequence, (tokens, vocabulary) float32."""
+        spans = []
+        for row, tokens in enumerate(new):
+            end = self.lengths[row] + len(tokens)
+            self._blocks[row] += self._kv.take(blocks_of(end) - len(self._blocks[row]))
+            if tokens:
+                spans.append(Span(tokens, self.lengths[row], self._blocks[row], len(tokens)))
+            self.lengths[row] = end
+        return self._model.forward(Batch(spans, self._kv.keys, self._kv.values)).float()
