@@ -25,6 +25,7 @@ from lowbit.v1 import (
     runtime_pb2_grpc,
 )
 from lowbit_server.config import read_tokens
+from lowbit_server.grammar.checker import GrammarChecker
 from lowbit_server.jobs.manager import JobManager
 from lowbit_server.jobs.records import JobStore
 from lowbit_server.pool.launcher import LocalLauncher
@@ -79,12 +80,14 @@ class Server:
         self._jobs = JobManager(config, self._catalog, records)
         self._pool = Pool(config, _launcher(config))
         self._scheduler = Scheduler(config, self._pool)
+        self._grammars = GrammarChecker()
         self._health = health.aio.HealthServicer()
         self._grpc = grpc.aio.server(
             interceptors=_interceptors(config), options=_grpc_options(config)
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(self._catalog, Tokenizers(), self._scheduler), self._grpc
+            GenerationService(self._catalog, Tokenizers(), self._scheduler, self._grammars),
+            self._grpc,
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(config, self._catalog, self._pool, self._jobs, self._scheduler), self._grpc
@@ -147,6 +150,7 @@ class Server:
         """Stop everything, in the reverse order of start: no call may see a part that is gone."""
         self._reporter.cancel()
         await self._grpc.stop(CLOSE_GRACE_S)
+        await self._grammars.stop()
         await self._jobs.stop()
         await self._pool.stop()
         self._database.close()

@@ -27,6 +27,7 @@ LAYERS = (
     ("models",),
     ("quant",),
     ("kernels",),
+    ("grammar",),
     ("tokenizer",),
     ("store",),
     ("jobs.spec",),

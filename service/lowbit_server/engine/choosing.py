@@ -65,14 +65,19 @@ class Chooser:
             # They are sampled with the rest, from anything that can be sampled.
             logits = logits.nan_to_num()
         asked = AskedLogprobs(logits, [row.request.logprobs for row in rows])
-        chosen = sample(logits, [self._sampler(row.running) for row in rows])
+        samplers = [self._sampler(row.running) for row in rows]
+        chosen = sample(logits, samplers)
         logprobs = asked.of(chosen)
         now = time.monotonic()
         return [
             self._roster.fail(row.running, NOT_NUMBERS)
             if bad
+            else self._roster.fail(row.running, sampler.refusal, refused=True)
+            if sampler.refusal
             else self._roster.extend(row.running, token, now, logprob)
-            for row, token, logprob, bad in zip(rows, chosen, logprobs, broken, strict=True)
+            for row, sampler, token, logprob, bad in zip(
+                rows, samplers, chosen, logprobs, broken, strict=True
+            )
         ]
 
     def _sampler(self, running: Running) -> RowSampler:
@@ -92,4 +97,5 @@ def _joined(parts: Sequence[Output]) -> Output:
         logprobs=tuple(found for one in parts for found in one.logprobs),
         finish=last.finish,
         error=last.error,
+        refused=last.refused,
     )

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 def finish_reason(running: Running, now: float) -> Finish | None:
     """Return why the output ends with its last token, or None while it goes on.
 
-    An end or stop token says most and wins. The context wins over max_tokens: a request
+    An end or stop token says most and wins; where a constraint left nothing but to end, even
+    over `min_tokens`. The context wins over max_tokens: a request
     that asked for all the context holds has a max_tokens of just that.
     """
     request, count = running.request, len(running.tokens)
     token = running.tokens[-1]
+    if running.complete:
+        return Finish.EOS
     if count > request.min_tokens:
         if token in request.eos_token_ids:
             return Finish.EOS

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lowbit_server.engine.lookup import PromptLookup
     from lowbit_server.engine.sampler import RowSampler
     from lowbit_server.engine.scoring import Scoring
+    from lowbit_server.grammar.matcher import Matcher
 
 
 class Finish(IntEnum):
@@ -79,6 +80,8 @@ class Request:
     deterministic: bool = False
     prompt_lookup_tokens: int = 0
     cache_salt: bytes = b""
+    matcher: Matcher | None = None
+    """Says what may come first; each output follows a copy of it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +106,8 @@ class Running:
     """Made with its first token."""
     lookup: PromptLookup | None = None
     """Made with its first draft."""
+    complete: bool = False
+    """Whether it is all that its constraint allows, and said so by an end token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +128,8 @@ class Output:
     `index` says which of the request's outputs, or which continuation has this score.
     `queue_us` and `cached_tokens`, tokens of the prompt that were found in the KV cache, come
     with the first token, the latter with the first score too. An `error` is an end of the whole
-    request without a reason. A score has a log-probability for each token and says whether
-    these are the `greedy` choices.
+    request without a reason, and the request's own fault where it is `refused`. A score has a
+    log-probability for each token and says whether these are the `greedy` choices.
     """
 
     request: int
@@ -137,3 +142,4 @@ class Output:
     index: int = 0
     greedy: bool = False
     cached_tokens: int = 0
+    refused: bool = False

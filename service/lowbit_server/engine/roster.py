@@ -105,10 +105,10 @@ class Roster:
         self.running.remove(running)
         self._waiting.appendleft([running])
 
-    def fail(self, running: Running, message: str) -> Output:
+    def fail(self, running: Running, message: str, *, refused: bool = False) -> Output:
         """End an output that holds a slot with an error."""
         self.running.remove(running)
-        return Output(running.request.id, error=message, index=running.index)
+        return Output(running.request.id, error=message, index=running.index, refused=refused)
 
     def expire(self, now: float) -> list[Output]:
         """End all requests whose time is up, in a slot or not."""

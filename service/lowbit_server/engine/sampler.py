@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lowbit_server.engine.constraint import Constraint
+from lowbit_server.grammar.spec import GrammarError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
     from lowbit_server.engine.request import Running, Sampling
+    from lowbit_server.grammar.matcher import Mask
 
 # Nearly every nucleus lies within this many tokens; sorting a whole vocabulary is slow.
 NUCLEUS_TOKENS = 1024
@@ -43,6 +47,9 @@ class RowSampler:
         biased = request.sampling.logit_bias
         self._biased = torch.tensor([token for token, _ in biased], device=device)
         self._biases = torch.tensor([bias for _, bias in biased], device=device)
+        self._constraint = Constraint(request.matcher) if request.matcher else None
+        self.refusal = ""
+        """Why nothing can be chosen any more; what is chosen all the same means nothing."""
         self._counts: Tensor | None = None
         if request.sampling.has_penalties:
             self._counts = torch.zeros(vocab_size, device=device)
@@ -53,16 +60,18 @@ class RowSampler:
     def adjusts(self) -> bool:
         """Whether `adjust` has anything to do."""
         return (
-            self._counts is not None
+            self._constraint is not None
+            or self._counts is not None
             or self._too_short
             or len(self._biased) > 0
             or len(self._words) > 0
         )
 
     def adjust(self, logits: Tensor) -> None:
-        """Apply bias, penalties, bad words and min_tokens to logits (vocabulary,) float32.
+        """Apply bias, penalties, bad words, min_tokens and constraint to logits (vocabulary,).
 
-        Works in place. Repetition: Keskar et al. 2019; the others as `generation.proto` says.
+        Works in place, in float32. Repetition: Keskar et al. 2019; the others as
+        `generation.proto` says.
         """
         if len(self._biased):
             logits.index_add_(0, self._biased, self._biases)
@@ -72,8 +81,11 @@ class RowSampler:
             torch.where(self._seen, repeated, logits, out=logits)
             logits -= sampling.frequency_penalty * self._counts
             logits -= sampling.presence_penalty * (self._counts > 0)
-        if banned := self._banned():
+        mask = self._mask()
+        if banned := self._banned(mask):
             logits[banned] = -math.inf
+        if mask is not None and self._constraint is not None:
+            self._constrain(logits, mask, self._constraint)
 
     def draw(self) -> float:
         """Return the stream's next number, uniform in [0, 1)."""
@@ -84,15 +96,42 @@ class RowSampler:
         if self._counts is not None:
             self._counts[token] += 1
             self._seen[token] = True
+        if self._constraint is not None and not self.refusal:
+            self._running.complete = token in self._constraint.ends
+            self._constraint.accept(token)
+
+    def _mask(self) -> Mask | None:
+        """Return what the constraint allows; None where there is none any more."""
+        if self._constraint is None or self.refusal:
+            return None
+        try:
+            return self._constraint.mask()
+        except GrammarError as error:
+            self.refusal = str(error)
+            return None
+
+    def _constrain(self, logits: Tensor, mask: Mask, constraint: Constraint) -> None:
+        """Keep what the mask allows; an end only where it is due and may be."""
+        request = self._running.request
+        allowed = torch.from_numpy(mask.allowed)
+        if mask.may_end:
+            if not request.eos_token_ids and not mask.must_end:  # they are ignored
+                allowed[constraint.ends] = False
+            allowed[[one for one in self._ends if one in request.stop_token_ids]] = True
+        logits.masked_fill_(~allowed.to(logits.device), -math.inf)
+        if logits.amax() == -math.inf:
+            self.refusal = "bad words, bias or min_tokens leave nothing of what it allows next"
+            logits.zero_()
 
     @property
     def _too_short(self) -> bool:
         running = self._running
         return len(running.tokens) < running.request.min_tokens and len(self._ends) > 0
 
-    def _banned(self) -> list[int]:
-        """Return the tokens that may not come next."""
-        banned = list(self._ends) if self._too_short else []
+    def _banned(self, mask: Mask | None) -> list[int]:
+        """Return the tokens that may not come next, whatever a constraint allows."""
+        finished = mask is not None and mask.must_end
+        banned = list(self._ends) if self._too_short and not finished else []
         tokens, prompt = self._running.tokens, self._running.request.prompt
         last = tokens[-1] if tokens else prompt[-1]
         for word in (*self._words.get(None, ()), *self._words.get(last, ())):

@@ -252,6 +252,7 @@ def submit(
         deterministic=request.deterministic,
         prompt_lookup_tokens=request.prompt_lookup_tokens,
         cache_salt=cache_salt(request.cache_salt),
+        constraint=request.constraint if request.HasField("constraint") else None,
     )
 
 

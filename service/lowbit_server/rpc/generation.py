@@ -13,6 +13,7 @@ import structlog
 from lowbit.v1 import generation_pb2 as pb
 from lowbit.v1.generation_pb2_grpc import GenerationServiceServicer
 from lowbit_server.errors import LowbitError, Reason
+from lowbit_server.grammar.spec import grammar_of
 from lowbit_server.rpc import convert, prompts
 from lowbit_server.rpc.output import OutputText
 from lowbit_server.rpc.sender import Sender, engine_error
@@ -20,10 +21,12 @@ from lowbit_server.rpc.sender import Sender, engine_error
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lowbit_server.grammar.checker import GrammarChecker
     from lowbit_server.pool.stream import RequestStream
     from lowbit_server.rpc.context import Context
     from lowbit_server.scheduler import Scheduler
     from lowbit_server.store.catalog import Catalog
+    from lowbit_server.store.manifest import Manifest
     from lowbit_server.tokenizer import ModelTokenizer, Tokenizers
 
 RETRY_WORKER_S = 1.0
@@ -32,16 +35,22 @@ RETRY_WORKER_S = 1.0
 class GenerationService(GenerationServiceServicer):
     """Validates, admits, tokenizes, streams."""
 
-    def __init__(self, catalog: Catalog, tokenizers: Tokenizers, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        tokenizers: Tokenizers,
+        scheduler: Scheduler,
+        grammars: GrammarChecker,
+    ) -> None:
         """Serve the models of `catalog` through `scheduler`."""
         self._catalog = catalog
         self._tokenizers = tokenizers
         self._scheduler = scheduler
+        self._grammars = grammars
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         """Stream one request's outputs; leaving the method early cancels it."""
         arrived = time.monotonic()
-        _refuse_unoffered(request)
         manifest = self._catalog.resolve(request.model)
         outputs = convert.outputs(request)
         with self._scheduler.admit(manifest.name, outputs) as admission:
@@ -49,6 +58,7 @@ class GenerationService(GenerationServiceServicer):
             limit = admission.context_tokens
             prompt = await prompts.prompt(request, manifest, tokenizer, limit)
             prompts.check_choices(request, manifest)
+            await self._check_constraint(request, manifest)
             submit = convert.submit(request, manifest, prompt)
             stopping = request.stopping
             texts = [
@@ -115,6 +125,15 @@ class GenerationService(GenerationServiceServicer):
         usage = pb.Usage(prompt_tokens=len(prompt), cached_tokens=cached, output_tokens=tokens)
         return pb.ScoreResponse(scores=scores, usage=usage)
 
+    async def _check_constraint(self, request: pb.GenerateRequest, manifest: Manifest) -> None:
+        """Raise INVALID_FIELD for a constraint that the model cannot follow."""
+        grammar = grammar_of(request.constraint)
+        if grammar is None:
+            return
+        if manifest.scheme.kind == "scripted":
+            raise convert.not_implemented(f"constraint.{grammar.kind} of a scripted model")
+        await self._grammars.check(grammar, manifest, self._catalog.path(manifest))
+
     async def _tokenizer(self, name: str) -> ModelTokenizer:
         manifest = self._catalog.resolve(name)
         return await self._tokenizers.get(manifest, self._catalog.path(manifest))
@@ -142,11 +161,6 @@ async def _scores(stream: RequestStream, count: int) -> tuple[list[pb.Continuati
 def _count(texts: Sequence[OutputText]) -> int:
     """Return the tokens of all outputs so far."""
     return sum(text.tokens for text in texts)
-
-
-def _refuse_unoffered(request: pb.GenerateRequest) -> None:
-    if request.constraint.WhichOneof("kind"):
-        raise convert.not_implemented(f"constraint.{request.constraint.WhichOneof('kind')}")
 
 
 def _with_usage(error: LowbitError, prompt_tokens: int, output_tokens: int) -> LowbitError:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from lowbit.v1 import generation_pb2 as pb
-from lowbit_server.errors import LowbitError, Reason
+from lowbit_server.errors import LowbitError, Reason, invalid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -156,7 +156,12 @@ class Sender:
 
 
 def engine_error(output: Output) -> LowbitError:
-    """Return the error of an output that has one."""
+    """Return the error of an output that has one.
+
+    Only a constraint can turn out to be impossible after the request was checked.
+    """
+    if output.refused:
+        return invalid("constraint", output.error)
     return LowbitError(Reason.INTERNAL, f"the engine failed for this request: {output.error}")
 
 

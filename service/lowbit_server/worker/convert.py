@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lowbit.v1.generation_pb2 import FinishReason, Token, TopLogprob
 from lowbit.worker.v1 import worker_pb2 as pb
 from lowbit_server.engine.request import Request, Sampling
+from lowbit_server.grammar.spec import grammar_of
 from lowbit_server.worker.inbox import Submission
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def submission(message: pb.Submit, now: float) -> Submission:
         prompt_lookup_tokens=message.prompt_lookup_tokens,
         cache_salt=message.cache_salt,
     )
-    return Submission(message.model, request)
+    return Submission(message.model, request, grammar_of(message.constraint))
 
 
 def step(outputs: Iterable[Output], running: int, waiting: int) -> pb.AttachResponse:
@@ -90,6 +91,7 @@ def step(outputs: Iterable[Output], running: int, waiting: int) -> pb.AttachResp
                     index=output.index,
                     greedy=output.greedy,
                     cached_tokens=output.cached_tokens,
+                    refused=output.refused,
                 )
                 for output in outputs
             ],

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from lowbit_server.engine.engine import Engine
     from lowbit_server.engine.request import Request
+    from lowbit_server.grammar.matcher import Vocabulary
+    from lowbit_server.grammar.spec import Grammar
     from lowbit_server.worker.outbox import Outbox
 
 
@@ -33,10 +35,20 @@ class Detached:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A request for a model."""
+    """A request for a model, and the grammar that its outputs follow."""
 
     model: str
     request: Request
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A submission whose grammar was compiled, into the request; or what was wrong with it."""
+
+    submission: Submission
+    request: Request
+    error: str = ""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -64,6 +76,8 @@ class LoadSucceeded:
     ticket: Ticket
     engine: Engine
     live_bytes: int
+    vocabulary: Vocabulary | None = None
+    """Of models whose outputs can be constrained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +91,14 @@ class LoadFailed:
 
 Command: TypeAlias = pb.Cancel | pb.Load | pb.Unload | pb.Ping
 Item: TypeAlias = (
-    Attached | Detached | Submission | Command | LoadAdvanced | LoadSucceeded | LoadFailed
+    Attached
+    | Detached
+    | Submission
+    | Prepared
+    | Command
+    | LoadAdvanced
+    | LoadSucceeded
+    | LoadFailed
 )
 
 # One burst of the front: every request that it may have admitted, submitted or cancelled

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from queue import Queue
 
     from lowbit_server.engine.engine import Engine
+    from lowbit_server.grammar.matcher import Vocabulary
     from lowbit_server.worker.settings import Settings
 
 READ_CHUNK_BYTES = 16 << 20
@@ -68,15 +69,15 @@ class Loader:
             message = f"{type(error).__name__}: {error}"[:1000]
             return LoadFailed(ticket, message, _is_out_of_memory(error))
 
-    def _load(self, ticket: Ticket) -> tuple[Engine, int]:
+    def _load(self, ticket: Ticket) -> tuple[Engine, int, Vocabulary | None]:
         self._report(ticket, LoadPhase.LOAD_PHASE_READ, 0)
         manifest = Manifest.model_validate_json((ticket.path / MANIFEST_FILE).read_bytes())
         if manifest.scheme.kind == "scripted":
             return self._load_scripted(ticket)
         self._read_through(ticket, manifest)
-        return self._load_weights(ticket, manifest.context_tokens)
+        return self._load_weights(ticket, manifest)
 
-    def _load_scripted(self, ticket: Ticket) -> tuple[Engine, int]:
+    def _load_scripted(self, ticket: Ticket) -> tuple[Engine, int, None]:
         config = ScriptedConfig.model_validate_json((ticket.path / "config.json").read_bytes())
         script = config.script
         phases = (
@@ -90,23 +91,25 @@ class Loader:
         if any(fault.kind == "load_error" for fault in script.faults):
             message = "scripted load error"
             raise RuntimeError(message)
-        return ScriptedEngine(config, self._settings.max_running), 0
+        return ScriptedEngine(config, self._settings.max_running), 0, None
 
-    def _load_weights(self, ticket: Ticket, context_tokens: int) -> tuple[Engine, int]:
+    def _load_weights(self, ticket: Ticket, manifest: Manifest) -> tuple[Engine, int, Vocabulary]:
         self._report(ticket, LoadPhase.LOAD_PHASE_PLACE, 0)
         # Only here: a process that plays scripts starts without torch, which takes seconds.
         import torch  # noqa: PLC0415
 
         from lowbit_server.engine.batching import BatchingEngine  # noqa: PLC0415
+        from lowbit_server.grammar.matcher import Vocabulary  # noqa: PLC0415
         from lowbit_server.models.loading import load  # noqa: PLC0415
 
         settings = self._settings
         torch.set_num_threads(settings.threads)
-        decoder = load(ticket.path, settings.device, context_tokens)
+        decoder = load(ticket.path, settings.device, manifest.context_tokens)
         self._report(ticket, LoadPhase.LOAD_PHASE_WARM_UP, 0)
         engine = BatchingEngine(decoder, settings.max_running, settings.kv_cache_bytes)
         self._report(ticket, LoadPhase.LOAD_PHASE_WARM_UP, 1)
-        return engine, decoder.live_bytes
+        vocabulary = Vocabulary(ticket.path, decoder.spec.vocab_size, manifest.eos_token_ids)
+        return engine, decoder.live_bytes, vocabulary
 
     def _read_through(self, ticket: Ticket, manifest: Manifest) -> None:
         """Read all files once, so that placing them finds them in the page cache."""

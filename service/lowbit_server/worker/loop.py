@@ -13,7 +13,7 @@ import structlog
 
 from lowbit.v1.model_pb2 import LoadPhase
 from lowbit.worker.v1 import worker_pb2 as pb
-from lowbit_server.engine.request import Output
+from lowbit_server.engine.request import Finish, Output
 from lowbit_server.worker import convert
 from lowbit_server.worker.inbox import (
     Attached,
@@ -22,17 +22,20 @@ from lowbit_server.worker.inbox import (
     LoadAdvanced,
     LoadFailed,
     LoadSucceeded,
+    Prepared,
     Submission,
     Ticket,
 )
 from lowbit_server.worker.memory import release_memory
 from lowbit_server.worker.outbox import Outbox
+from lowbit_server.worker.preparing import Preparer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from queue import Queue
 
     from lowbit_server.engine.engine import Engine
+    from lowbit_server.grammar.matcher import Vocabulary
     from lowbit_server.worker.device import Cpu, Cuda
     from lowbit_server.worker.loader import Loader
 
@@ -43,6 +46,7 @@ class Live:
 
     engine: Engine
     live_bytes: int
+    vocabulary: Vocabulary | None
 
 
 class StepLoop:
@@ -56,6 +60,9 @@ class StepLoop:
         # In the order of their last steps, the latest at the end.
         self._live: dict[str, Live] = {}
         self._loading: dict[str, Ticket] = {}
+        self._preparer = Preparer(inbox)
+        # Submissions whose grammars are being compiled, by the number of the request.
+        self._preparing: dict[int, Submission] = {}
         # Nobody is attached yet: a closed outbox drops what it is sent.
         self._outbox = Outbox()
         self._outbox.close()
@@ -106,10 +113,10 @@ class StepLoop:
         match item:
             case Submission():
                 self._submit(item)
+            case Prepared():
+                self._submit_prepared(item)
             case pb.Cancel():
-                for live in self._live.values():
-                    index = item.index if item.HasField("index") else None
-                    self._hand_out(live.engine.cancel(item.request, index))
+                self._cancel(item)
             case pb.Ping():
                 self._outbox.send(self._pong())
             case pb.Load():
@@ -127,8 +134,31 @@ class StepLoop:
         live = self._live.get(item.model)
         if live is None:
             self._hand_out([Output(item.request.id, error="the model is not live")])
-        else:
+        elif item.grammar is None:
             self._hand_out(live.engine.submit(item.request))
+        elif live.vocabulary is None:
+            error = "the outputs of a scripted model follow no grammar"
+            self._hand_out([Output(item.request.id, error=error, refused=True)])
+        else:
+            self._preparing[item.request.id] = item
+            self._preparer.start(item, live.vocabulary)
+
+    def _submit_prepared(self, news: Prepared) -> None:
+        """Pass on a request whose grammar is compiled, unless it was cancelled meanwhile."""
+        submission = self._preparing.pop(news.request.id, None)
+        if submission is None:
+            return
+        if news.error:
+            self._hand_out([Output(news.request.id, error=news.error, refused=True)])
+        else:
+            self._submit(Submission(submission.model, news.request))
+
+    def _cancel(self, item: pb.Cancel) -> None:
+        if submission := self._preparing.pop(item.request, None):
+            self._hand_out(_cancelled(submission))
+        index = item.index if item.HasField("index") else None
+        for live in self._live.values():
+            self._hand_out(live.engine.cancel(item.request, index))
 
     def _load(self, item: pb.Load) -> None:
         if live := self._live.get(item.model):
@@ -153,7 +183,7 @@ class StepLoop:
             )
             self._outbox.send(pb.AttachResponse(load_failed=failed))
             return
-        self._live[model] = Live(news.engine, news.live_bytes)
+        self._live[model] = Live(news.engine, news.live_bytes, news.vocabulary)
         self._log.info("loaded", model=model, live_bytes=news.live_bytes)
         self._send_loaded(model, self._live[model])
 
@@ -167,6 +197,9 @@ class StepLoop:
         if ticket := self._loading.pop(model, None):
             ticket.stop.set()
         if live := self._live.pop(model, None):
+            for submission in [one for one in self._preparing.values() if one.model == model]:
+                del self._preparing[submission.request.id]
+                self._hand_out(_cancelled(submission))
             self._hand_out(live.engine.cancel_all())
             self._log.info("unloaded", model=model)
         del live
@@ -181,6 +214,7 @@ class StepLoop:
     def _detach(self, outbox: Outbox) -> None:
         """Nobody is left to make tokens for; the models stay for the next front."""
         if outbox is self._outbox:
+            self._preparing.clear()
             for live in self._live.values():
                 live.engine.cancel_all()
 
@@ -196,3 +230,9 @@ class StepLoop:
             ],
         )
         return pb.AttachResponse(pong=pong)
+
+
+def _cancelled(submission: Submission) -> list[Output]:
+    """Return the ends of all outputs of a request that no engine has seen."""
+    request = submission.request
+    return [Output(request.id, finish=Finish.CANCELLED, index=index) for index in range(request.n)]

@@ -652,7 +652,7 @@ func (x *Stopping) GetTimeLimit() *durationpb.Duration {
 // A choice of literal outputs.
 type Choice struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The outputs that are allowed.
+	// The outputs that are allowed, 1 MiB in all.
 	Options       []string `protobuf:"bytes,1,rep,name=options,proto3" json:"options,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -695,7 +695,10 @@ func (x *Choice) GetOptions() []string {
 	return nil
 }
 
-// Restricts what may be generated.
+// Restricts what may be generated: tokens that would leave it have no probability, and end
+// tokens have one only where the output may end. Where nothing else is possible the output ends
+// with reason EOS, whatever ignore_eos and min_tokens say; stop strings, stop tokens and limits
+// may cut it anywhere. Applies after bias, penalties and bad words, and before temperature.
 type OutputConstraint struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The kind of constraint.
@@ -789,17 +792,18 @@ type isOutputConstraint_Kind interface {
 }
 
 type OutputConstraint_JsonSchema struct {
-	// A JSON schema (2020-12) that the output must satisfy.
+	// A JSON schema (2020-12) that the output must satisfy. Refused where it needs what is not
+	// supported, such as `not`, `uniqueItems` or a `$ref` to another document.
 	JsonSchema string `protobuf:"bytes,1,opt,name=json_schema,json=jsonSchema,proto3,oneof"`
 }
 
 type OutputConstraint_Regex struct {
-	// A regular expression that the whole output must match.
+	// A regular expression (Rust's syntax, without look-around) that the whole output must match.
 	Regex string `protobuf:"bytes,2,opt,name=regex,proto3,oneof"`
 }
 
 type OutputConstraint_Grammar struct {
-	// A context-free grammar in EBNF.
+	// A context-free grammar in EBNF as Lark writes it; the output is what `start` derives.
 	Grammar string `protobuf:"bytes,3,opt,name=grammar,proto3,oneof"`
 }
 

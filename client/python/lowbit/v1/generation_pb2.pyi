@@ -407,7 +407,7 @@ class Choice(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The outputs that are allowed."""
+        """The outputs that are allowed, 1 MiB in all."""
 
     def __init__(
         self,
@@ -424,7 +424,11 @@ Global___Choice: _TypeAlias = Choice  # noqa: Y015
 
 @_typing.final
 class OutputConstraint(_message.Message):
-    """Restricts what may be generated."""
+    """Restricts what may be generated: tokens that would leave it have no probability, and end
+    tokens have one only where the output may end. Where nothing else is possible the output ends
+    with reason EOS, whatever ignore_eos and min_tokens say; stop strings, stop tokens and limits
+    may cut it anywhere. Applies after bias, penalties and bad words, and before temperature.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -433,11 +437,13 @@ class OutputConstraint(_message.Message):
     GRAMMAR_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
-    """A JSON schema (2020-12) that the output must satisfy."""
+    """A JSON schema (2020-12) that the output must satisfy. Refused where it needs what is not
+    supported, such as `not`, `uniqueItems` or a `$ref` to another document.
+    """
     regex: _builtins.str
-    """A regular expression that the whole output must match."""
+    """A regular expression (Rust's syntax, without look-around) that the whole output must match."""
     grammar: _builtins.str
-    """A context-free grammar in EBNF."""
+    """A context-free grammar in EBNF as Lark writes it; the output is what `start` derives."""
     @_builtins.property
     def choice(self) -> Global___Choice:
         """One of a list of literal strings."""

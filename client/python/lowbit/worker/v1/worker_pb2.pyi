@@ -411,6 +411,7 @@ class Output(_message.Message):
     GREEDY_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     request: _builtins.int
     """Number of the request."""
     finish: _generation_pb2.FinishReason.ValueType
@@ -427,6 +428,8 @@ class Output(_message.Message):
     """Whether each token of the continuation is the greedy choice."""
     cached_tokens: _builtins.int
     """Tokens of the prompt that were found in the KV cache; set with the first token or score."""
+    refused: _builtins.bool
+    """Whether the error is what the request asks for, not a failure of the engine."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens; empty when the request only ended."""
@@ -452,10 +455,11 @@ class Output(_message.Message):
         greedy: _builtins.bool = ...,
         prompt_logprobs: _abc.Iterable[_generation_pb2.Token] | None = ...,
         cached_tokens: _builtins.int = ...,
+        refused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "error", b"error", "finish", b"finish", "greedy", b"greedy", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "queue_us", b"queue_us", "request", b"request", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "error", b"error", "finish", b"finish", "greedy", b"greedy", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "queue_us", b"queue_us", "refused", b"refused", "request", b"request", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -305,7 +305,7 @@ export const StoppingSchema: GenMessage<Stopping> = /*@__PURE__*/
  */
 export type Choice = Message<"lowbit.v1.Choice"> & {
   /**
-   * The outputs that are allowed.
+   * The outputs that are allowed, 1 MiB in all.
    *
    * @generated from field: repeated string options = 1;
    */
@@ -320,7 +320,10 @@ export const ChoiceSchema: GenMessage<Choice> = /*@__PURE__*/
   messageDesc(file_lowbit_v1_generation, 7);
 
 /**
- * Restricts what may be generated.
+ * Restricts what may be generated: tokens that would leave it have no probability, and end
+ * tokens have one only where the output may end. Where nothing else is possible the output ends
+ * with reason EOS, whatever ignore_eos and min_tokens say; stop strings, stop tokens and limits
+ * may cut it anywhere. Applies after bias, penalties and bad words, and before temperature.
  *
  * @generated from message lowbit.v1.OutputConstraint
  */
@@ -332,7 +335,8 @@ export type OutputConstraint = Message<"lowbit.v1.OutputConstraint"> & {
    */
   kind: {
     /**
-     * A JSON schema (2020-12) that the output must satisfy.
+     * A JSON schema (2020-12) that the output must satisfy. Refused where it needs what is not
+     * supported, such as `not`, `uniqueItems` or a `$ref` to another document.
      *
      * @generated from field: string json_schema = 1;
      */
@@ -340,7 +344,7 @@ export type OutputConstraint = Message<"lowbit.v1.OutputConstraint"> & {
     case: "jsonSchema";
   } | {
     /**
-     * A regular expression that the whole output must match.
+     * A regular expression (Rust's syntax, without look-around) that the whole output must match.
      *
      * @generated from field: string regex = 2;
      */
@@ -348,7 +352,7 @@ export type OutputConstraint = Message<"lowbit.v1.OutputConstraint"> & {
     case: "regex";
   } | {
     /**
-     * A context-free grammar in EBNF.
+     * A context-free grammar in EBNF as Lark writes it; the output is what `start` derives.
      *
      * @generated from field: string grammar = 3;
      */
