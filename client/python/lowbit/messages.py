@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from uuid import uuid4
 
 from google.protobuf.duration_pb2 import Duration
 
-from lowbit.v1.generation_pb2 import Chat, ChatMessage, Role
+from lowbit.v1.generation_pb2 import Chat, ChatMessage, Choice, OutputConstraint, Role
 from lowbit.v1.model_pb2 import ModelSource
 
 if TYPE_CHECKING:
@@ -46,6 +47,33 @@ def chat(messages: Iterable[Message] | None) -> Chat | None:
     if messages is None:
         return None
     return Chat(messages=map(chat_message, messages))
+
+
+def constraint(
+    *,
+    json_schema: Mapping[str, object] | str | None,
+    regex: str | None,
+    grammar: str | None,
+    choice: Iterable[str] | None,
+) -> OutputConstraint | None:
+    """Return the proto of what an output may be; None where all are None.
+
+    Raises:
+        ValueError: for more than one of them, or a schema that is no JSON value.
+
+    """
+    if isinstance(json_schema, Mapping):
+        json_schema = json.dumps(json_schema, allow_nan=False)
+    if isinstance(choice, str):
+        text = "choice takes a list of strings"
+        raise ValueError(text)  # noqa: TRY004  (as for all that fits no field)
+    options = None if choice is None else Choice(options=choice)
+    kinds = {"json_schema": json_schema, "regex": regex, "grammar": grammar, "choice": options}
+    given: dict[str, Any] = {kind: value for kind, value in kinds.items() if value is not None}
+    if len(given) > 1:
+        text = f"give one of json_schema, regex, grammar and choice, not {', '.join(given)}"
+        raise ValueError(text)
+    return OutputConstraint(**given) if given else None
 
 
 def duration(seconds: float | None) -> Duration | None:

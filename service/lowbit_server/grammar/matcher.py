@@ -158,6 +158,9 @@ def _tidy(message: str) -> str:
     """Return the library's message in one short line; of a bad pattern, where it is bad."""
     if message.startswith("NoExtension"):
         return "no text satisfies it"
+    if "doesn't satisfy the grammar" in message:
+        # Where one text is left the library allows its tokens unseen.
+        return "the model has no tokens for the text that it demands"
     # The regex library's own block: the pattern, a caret below the place, what is wrong.
     if found := re.search(r"regex parse error:\n.*\n {4}( *)\^+\nerror: (.*)", message):
         return f"the pattern is bad at its character {len(found[1]) + 1}: {found[2]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,6 +62,18 @@ def generate(  # noqa: PLR0913 - the field's standard options
         int | None, typer.Option(help="Drafted a step from earlier text, at most 16; 0 is off.")
     ] = None,
     cache_salt: CacheSalt = "",
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="File of a JSON schema of the output."),
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="The whole output matches it.")] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="File of Lark rules of the output."),
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The output is one of these; may be repeated.")
+    ] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds; then it ends.")] = None,
     request_id: Annotated[str, typer.Option(help="Name in the server's log.")] = "",
     as_json: Annotated[
@@ -92,6 +105,10 @@ def generate(  # noqa: PLR0913 - the field's standard options
                 deterministic=deterministic or None,
                 prompt_lookup_tokens=prompt_lookup_tokens,
                 cache_salt=cache_salt,
+                json_schema=_text(json_schema),
+                regex=regex,
+                grammar=_text(grammar),
+                choice=choice,
                 time_limit=time_limit,
                 request_id=request_id,
             )
@@ -144,6 +161,11 @@ def print_stream(stream: GenerateStream) -> None:
             typer.echo(chunk.text, nl=False)
     finally:
         typer.echo()
+
+
+def _text(file: Path | None) -> str | None:
+    """Return what a file holds; raise ValueError where it is no UTF-8."""
+    return None if file is None else file.read_text(encoding="utf-8")
 
 
 def _messages(prompt: str, system: str | None) -> list[tuple[str, str]]:

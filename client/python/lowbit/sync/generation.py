@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowbit.messages import chat, duration, exactly_one, set_text, strings
+from lowbit.messages import chat, constraint, duration, exactly_one, set_text, strings
 from lowbit.v1.generation_pb2 import (
     DetokenizeRequest,
     GenerateRequest,
@@ -65,6 +65,10 @@ class Generation:
         stop_token_ids: Iterable[int] = (),
         ignore_eos: bool | None = None,
         time_limit: float | None = None,
+        json_schema: Mapping[str, object] | str | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Iterable[str] | None = None,
         token_ids_output: bool | None = None,
         logprobs: int | None = None,
         echo: bool | None = None,
@@ -101,6 +105,11 @@ class Generation:
             stop_token_ids: ends the output when one of these is generated.
             ignore_eos: goes on past the model's own end tokens.
             time_limit: seconds after which the output ends well, with TIME_LIMIT.
+            json_schema: the output is JSON that this schema, as text or as what it parses to,
+                describes. Give at most one of json_schema, regex, grammar and choice.
+            regex: the whole output matches this regular expression (Rust's syntax).
+            grammar: the output is what `start` of these Lark rules derives.
+            choice: the output is one of these strings.
             token_ids_output: fills `Chunk.token_ids`.
             logprobs: fills `Chunk.logprobs`, and `Chunk.top_logprobs` with this many tokens.
             echo: emits the prompt before the output.
@@ -114,7 +123,8 @@ class Generation:
             timeout: seconds after which the call fails with DeadlineExceededError.
 
         Raises:
-            ValueError: when there is not exactly one input, or a value fits no field.
+            ValueError: when there is not exactly one input, more than one constraint, or a
+                value fits no field.
                 What the server refuses is raised by the stream.
 
         """
@@ -147,6 +157,9 @@ class Generation:
                 token_ids=stop_token_ids,
                 ignore_eos=ignore_eos,
                 time_limit=duration(time_limit),
+            ),
+            constraint=constraint(
+                json_schema=json_schema, regex=regex, grammar=grammar, choice=choice
             ),
             output=OutputOptions(token_ids=token_ids_output, logprobs=logprobs, echo=echo),
             deterministic=deterministic,
