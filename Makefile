@@ -115,7 +115,7 @@ clean: ## Remove what the commands made
 	rm -rf .venv .demo .interop .models build $(KERNELS)/kernels.so
 
 $(READY): requirements-uv.txt requirements.txt pyproject.toml client/python/pyproject.toml \
-		hatch_build.py $(wildcard $(KERNELS)/*.c)
+		hatch_build.py $(wildcard $(KERNELS)/*.[ch])
 	@echo "Setting up .venv (once) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-uv.txt

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lowbit_server import kernels
 from lowbit_server.jobs.spec import CalibrationSpec
 from lowbit_server.models import bnb4bit
 from lowbit_server.models.fused import FusedModel
@@ -111,6 +112,14 @@ def reference(model: Any, ids: Sequence[int]) -> torch.Tensor:
     return logits
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Play with the compiled kernels and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+
+
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_those_of_transformers(shape: str, tmp_path: Path) -> None:
     folder = random_source(tmp_path / "source", torch.float32, **SHAPES[shape])
@@ -127,6 +136,7 @@ def test_logits_are_those_of_transformers(shape: str, tmp_path: Path) -> None:
     assert deviation(torch.cat(parts), expected) < 1e-5
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sequences_do_not_see_each_other(shape: str, tmp_path: Path) -> None:
     folder = random_source(tmp_path / "source", torch.float32, **SHAPES[shape])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from lowbit_server.kernels.attention import BlockAttention
 from lowbit_server.models.blocks import Rows, rectangles
 
 if TYPE_CHECKING:
@@ -15,40 +16,78 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lowbit_server.models.architecture import Rope
+    from lowbit_server.models.architecture import Architecture
     from lowbit_server.models.decoder import Span
+
+
+# Longer spans are the work of products; those of the first tokens see each other only.
+_NARROW_TOKENS = 17
 
 
 class Attention:
     """What all layers share in one forward pass: angles, masks and where tokens are."""
 
-    def __init__(self, spans: Sequence[Span], rope: Rope, dtype: torch.dtype) -> None:
+    def __init__(self, spans: Sequence[Span], shape: Architecture, dtype: torch.dtype) -> None:
         """Take the spans, whose tokens stand one after the other in all tensors."""
-        device = rope.frequencies.device
-        self._parts = [_Part(rows, dtype) for rows in rectangles(spans, device)]
-        positions = torch.cat([part.rows.positions.view(-1) for part in self._parts])
-        self._cosine, self._sine = rope.table(positions, dtype)
-
-    def turn(self, heads: Tensor) -> Tensor:
-        """Return heads (tokens, heads, head size) at the angles of their positions."""
-        turned = heads.roll(heads.shape[-1] // 2, -1).mul_(self._sine)
-        return turned.add_(heads * self._cosine)
+        self._heads = shape.heads
+        device = shape.rope.frequencies.device
+        positions = [span.start + offset for span in spans for offset in range(len(span.tokens))]
+        places = torch.tensor(positions, device=device)
+        self._angles = shape.rope.table(places, dtype)
+        self._parts: list[_Part] = []
+        self._kernel = _kernel(spans, places, self._angles, shape)
+        if self._kernel is None:
+            self._parts = [_Part(rows, dtype) for rows in rectangles(spans, device)]
 
     def attend(
-        self, new: tuple[Tensor, Tensor, Tensor], cache: tuple[Tensor, Tensor], window: int | None
+        self,
+        turned: Tensor,
+        value: Tensor,
+        cache: tuple[Tensor, Tensor],
+        *,
+        window: int | None,
+        rotary: bool,
     ) -> Tensor:
         """Store new keys and values and return what the queries find, (tokens, heads * size).
 
-        `new` has queries (tokens, heads, size), keys and values (tokens, KV heads, size);
-        `cache` has keys and values (blocks, KV heads, BLOCK_TOKENS, size).
+        `turned` has queries and keys before their rotary embedding, (tokens, heads + KV heads,
+        size), values are (tokens, KV heads, size); `cache` has keys and values (blocks, KV
+        heads, BLOCK_TOKENS, size).
         """
+        if self._kernel is not None:
+            return self._kernel.attend(turned, value, cache, window=window, rotary=rotary)
+        if rotary:
+            turned = self._turn(turned)
+        new = turned[:, : self._heads], turned[:, self._heads :], value
         found, first = [], 0
         for part in self._parts:
             tokens = slice(first, first + part.rows.positions.numel())
-            query, key, value = (one[tokens] for one in new)
-            found.append(part.attend((query, key, value), cache, window))
+            query, key, own = (one[tokens] for one in new)
+            found.append(part.attend((query, key, own), cache, window))
             first = tokens.stop
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _turn(self, heads: Tensor) -> Tensor:
+        """Return heads (tokens, heads, head size) at the angles of their positions."""
+        cosine, sine = self._angles
+        turned = heads.roll(heads.shape[-1] // 2, -1).mul_(sine)
+        return turned.add_(heads * cosine)
+
+
+def _kernel(
+    spans: Sequence[Span], positions: Tensor, angles: tuple[Tensor, Tensor], shape: Architecture
+) -> BlockAttention | None:
+    """Return the compiled attention where there is one for such spans."""
+    if any(not span.start or len(span.tokens) > _NARROW_TOKENS for span in spans):
+        return None
+    rows = [row for row, span in enumerate(spans) for _ in span.tokens]
+    longest = max(len(span.blocks) for span in spans)
+    tables = [[*span.blocks, *(0,) * (longest - len(span.blocks))] for span in spans]
+    places = positions, torch.tensor(rows), torch.tensor(tables)
+    try:
+        return BlockAttention(places, angles, (shape.heads, shape.kv_heads, shape.head_size))
+    except NotImplementedError:
+        return None
 
 
 class _Part:

@@ -44,7 +44,7 @@ class FusedLayer(nn.Module):
         super().__init__()
         self._window, self._rotary = shape.windows[number], shape.rotary[number]
         self._epsilon, self._size = shape.norm_epsilon, shape.head_size
-        self._turned, self._heads = shape.heads + shape.kv_heads, shape.heads
+        self._turned = shape.heads + shape.kv_heads
         name = f"model.layers.{number}"
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         hidden, inner = shape.hidden, shape.intermediate
@@ -75,10 +75,8 @@ class FusedLayer(nn.Module):
         turned, value = heads[:, : self._turned], heads[:, self._turned :]
         if head_norms is not None:
             turned = normalized(turned, head_norms, self._epsilon)
-        if self._rotary:
-            turned = attention.turn(turned)
-        query, key = turned[:, : self._heads], turned[:, self._heads :]
-        hidden += output(attention.attend((query, key, value), cache, self._window))
+        found = attention.attend(turned, value, cache, window=self._window, rotary=self._rotary)
+        hidden += output(found)
         gate, up = gate_up(normalized(hidden, mlp_norm, self._epsilon)).chunk(2, dim=-1)
         hidden += down(functional.silu(gate).mul_(up))
 
@@ -103,7 +101,7 @@ class FusedModel(nn.Module):
         Raises ValueError for tensors that are missing, do not fit or have no place.
         """
         super().__init__()
-        self._rope, self._epsilon = shape.rope, shape.norm_epsilon
+        self._shape, self._epsilon = shape, shape.norm_epsilon
         self._embedding = nn.Buffer(checkpoint.tensor(EMBEDDING, shape.vocab_size, shape.hidden))
         self._layers = nn.ModuleList(
             FusedLayer(shape, checkpoint, number) for number in range(shape.layers)
@@ -134,7 +132,7 @@ class FusedModel(nn.Module):
         spec, spans = self.spec, batch.spans
         ids = torch.tensor([token for one in spans for token in one.tokens], device=spec.device)
         hidden = functional.embedding(ids, self._embedding)
-        attention = Attention(spans, self._rope, spec.dtype)
+        attention = Attention(spans, self._shape, spec.dtype)
         for layer, *cache in zip(self._layers, batch.keys, batch.values, strict=True):
             layer.forward(hidden, attention, cache)
         wanted = [
