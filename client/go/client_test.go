@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -108,6 +109,19 @@ func TestEventsComeInOrder(t *testing.T) {
 	}
 	if order != "sfc" || text != "héhé" || len(ids) != 6 {
 		t.Error(order, text, ids)
+	}
+}
+
+func TestEachOutputHasItsText(t *testing.T) {
+	client := connect(t, server)
+	request := ask("smollm2", "abc", 3)
+	request.Sampling = &pb.Sampling{N: proto.Uint32(2)}
+	texts, err := lowbit.ReadTexts(client.Generate(background, request))
+	if err != nil || !slices.Equal(texts, []string{"abc", "bca"}) {
+		t.Error(texts, err)
+	}
+	if text, err := lowbit.ReadText(client.Generate(background, request)); err != nil || text != "abc" {
+		t.Error(text, err)
 	}
 }
 

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"iter"
-	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -51,16 +50,38 @@ func (e Event) Text() string {
 // ReadText reads a generation to its end and returns the text of its first output; after a
 // failure with what came before it.
 func ReadText(events iter.Seq2[Event, error]) (string, error) {
-	var text strings.Builder
-	for event, err := range events {
-		if err != nil {
-			return text.String(), err
+	texts, err := ReadTexts(events)
+	if len(texts) == 0 {
+		return "", err
+	}
+	return texts[0], err
+}
+
+// ReadTexts does what ReadText does and returns the texts of all outputs, by their index.
+func ReadTexts(events iter.Seq2[Event, error]) ([]string, error) {
+	var found [][]byte
+	var failure error
+	add := func(output uint32, text string) {
+		for len(found) <= int(output) {
+			found = append(found, nil)
 		}
-		if event.Chunk != nil && event.Chunk.OutputIndex == 0 {
-			text.WriteString(event.Chunk.Text)
+		found[output] = append(found[output], text...)
+	}
+	for event, err := range events {
+		switch {
+		case err != nil:
+			failure = err
+		case event.Chunk != nil:
+			add(event.Chunk.OutputIndex, event.Chunk.Text)
+		case event.Finished != nil:
+			add(event.Finished.OutputIndex, "")
 		}
 	}
-	return text.String(), nil
+	texts := make([]string, len(found))
+	for index, text := range found {
+		texts[index] = string(text)
+	}
+	return texts, failure
 }
 
 // WaitLoad reads the progress of a load to its end and returns each replica's last message.

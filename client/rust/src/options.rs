@@ -44,7 +44,7 @@ pub struct Options {
     /// Encrypts the connection.
     #[cfg(feature = "tls")]
     pub tls: Option<Tls>,
-    /// Bearer token; without TLS only for a server on this machine.
+    /// Bearer token, with the characters of RFC 6750; without TLS only for a server on this machine.
     pub token: Option<String>,
     /// Called for each try.
     pub traceparent: Option<Traceparent>,
@@ -127,8 +127,7 @@ impl Options {
         if self.token.is_some() && !encrypted && !loopback.iter().any(|l| address.starts_with(l)) {
             return Err(Error::options("token needs tls, except on loopback"));
         }
-        let header = self.token.as_ref().map(|token| format!("Bearer {token}").parse());
-        let header = header.transpose().map_err(|_| Error::options("token must be ASCII"))?;
+        let header = self.token.as_ref().map(|token| authorization(token)).transpose()?;
         let url = match (address.starts_with("unix:"), encrypted) {
             (true, _) => address.to_owned(),
             (false, true) => format!("https://{address}"),
@@ -151,6 +150,16 @@ impl Options {
         }
         Ok((endpoint, header))
     }
+}
+
+/// Checks a bearer token's syntax: RFC 6750, section 2.1.
+fn authorization(token: &str) -> Result<MetadataValue<Ascii>> {
+    let text = token.trim_end_matches('=');
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~+/".contains(&byte);
+    let header = format!("Bearer {token}").parse().ok();
+    header
+        .filter(|_| !text.is_empty() && text.bytes().all(fits))
+        .ok_or_else(|| Error::options("token has other characters than RFC 6750 allows, or none"))
 }
 
 #[cfg(feature = "tls")]

@@ -1,6 +1,7 @@
 //! The streams that a client returns. Each one is cancelled when dropped.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     future::Future,
     pin::Pin,
@@ -160,15 +161,15 @@ pub struct GenerateStream {
     request_id: String,
     messages: Messages<GenerateResponse>,
     started: Option<Started>,
-    finished: Option<OutputFinished>,
+    finished: BTreeMap<u32, OutputFinished>,
     completed: Option<Completed>,
-    text: String,
+    texts: Vec<String>,
 }
 
 impl GenerateStream {
     pub(crate) fn new(request_id: String, messages: Messages<GenerateResponse>) -> Self {
-        let (started, finished, completed, text) = (None, None, None, String::new());
-        Self { request_id, messages, started, finished, completed, text }
+        let (started, finished, completed, texts) = (None, BTreeMap::new(), None, Vec::new());
+        Self { request_id, messages, started, finished, completed, texts }
     }
 
     /// The next chunk, or how the generation failed; nothing after its end.
@@ -178,15 +179,21 @@ impl GenerateStream {
 
     /// Reads to the end; gives all text of the first output, what was read before included.
     pub async fn text(&mut self) -> Result<&str> {
+        self.texts().await?;
+        Ok(self.partial_text())
+    }
+
+    /// Does what `text` does; gives the texts of all outputs, by their index.
+    pub async fn texts(&mut self) -> Result<&[String]> {
         while let Some(chunk) = self.next().await {
             chunk?;
         }
-        Ok(&self.text)
+        Ok(&self.texts)
     }
 
     /// Text of the first output that has been read so far; stays after a failure.
     pub fn partial_text(&self) -> &str {
-        &self.text
+        self.texts.first().map_or("", String::as_str)
     }
 
     /// Model revision, device and prompt tokens.
@@ -194,14 +201,26 @@ impl GenerateStream {
         self.started.as_ref()
     }
 
-    /// Why the output ended and at which stop.
+    /// Why the first output ended and at which stop.
     pub fn finished(&self) -> Option<&OutputFinished> {
-        self.finished.as_ref()
+        self.finished.get(&0)
+    }
+
+    /// Why each output ended and at which stop, by its index; those that have.
+    pub fn all_finished(&self) -> &BTreeMap<u32, OutputFinished> {
+        &self.finished
     }
 
     /// Tokens used and where the time went, once the stream has ended well.
     pub fn completed(&self) -> Option<&Completed> {
         self.completed.as_ref()
+    }
+
+    /// The text of an output, which begins with its first event.
+    fn text_mut(&mut self, index: u32) -> &mut String {
+        let index = index as usize;
+        self.texts.resize(self.texts.len().max(index + 1), String::new());
+        &mut self.texts[index]
     }
 
     /// Cancels the call; reading on gives an error of [`Kind::Cancelled`](crate::Kind::Cancelled) once.
@@ -222,12 +241,13 @@ impl Stream for GenerateStream {
         while let Some(message) = ready!(Pin::new(&mut self.messages).poll_next(context)) {
             match message.map_err(|error| error.named(&self.request_id))?.event {
                 Some(Event::Started(started)) => self.started = Some(started),
-                Some(Event::OutputFinished(finished)) => self.finished = Some(finished),
+                Some(Event::OutputFinished(finished)) => {
+                    self.text_mut(finished.output_index);
+                    self.finished.insert(finished.output_index, finished);
+                }
                 Some(Event::Completed(completed)) => self.completed = Some(completed),
                 Some(Event::Delta(delta)) => {
-                    if delta.output_index == 0 {
-                        self.text += &delta.text;
-                    }
+                    self.text_mut(delta.output_index).push_str(&delta.text);
                     let token_ids = delta.tokens.iter().map(|token| token.id).collect();
                     let Delta { text, tokens, output_index } = delta;
                     return Poll::Ready(Some(Ok(Chunk { text, token_ids, tokens, output_index })));

@@ -10,7 +10,7 @@ use std::{
 };
 
 use lowbit::{
-    v1::{GenerateRequest, Stopping, WatchRuntimeRequest},
+    v1::{GenerateRequest, Sampling, Stopping, WatchRuntimeRequest},
     Client, Kind, Options, Tls,
 };
 
@@ -112,6 +112,19 @@ async fn dropping_everything_leaves_no_task() {
 }
 
 #[tokio::test]
+async fn each_output_has_its_text_and_its_end() {
+    let sampling = Some(Sampling { n: Some(2), ..Default::default() });
+    let stopping = Some(Stopping { max_tokens: Some(3), ..Default::default() });
+    let request = GenerateRequest { sampling, stopping, ..("smollm2", "abc").into() };
+    let mut stream = connect().generate(request);
+    assert_eq!((stream.partial_text(), stream.finished()), ("", None));
+    assert_eq!(stream.texts().await.expect("texts"), ["abc", "bca"]);
+    assert_eq!(stream.text().await.expect("text"), "abc");
+    assert_eq!(stream.finished().map(|end| end.output_index), Some(0));
+    assert_eq!(stream.all_finished()[&1].output_index, 1);
+}
+
+#[tokio::test]
 async fn a_deadline_ends_a_stream() {
     let client = connect().with_timeout(Duration::from_millis(200));
     let mut stream = client.generate(endless("slow"));
@@ -134,6 +147,11 @@ async fn options_that_make_no_sense_are_refused() {
         ("token", "lowbit.example:50151", Options { token: token.clone(), ..default() }),
         ("token", "localhost.example:50151", Options { token: token.clone(), ..default() }),
         ("token", "", Options { token: Some("two\nlines".into()), ..default() }),
+        ("token", "", Options { token: Some("two words".into()), ..default() }),
+        ("token", "", Options { token: Some("garçon".into()), ..default() }),
+        ("token", "", Options { token: Some("a=b".into()), ..default() }),
+        ("token", "", Options { token: Some("=".into()), ..default() }),
+        ("token", "", Options { token: Some(String::new()), ..default() }),
     ] {
         let error = Client::new(address, options).err().expect(name);
         assert!(error.kind == Kind::InvalidOptions && error.message.contains(name), "{error}");
@@ -142,6 +160,8 @@ async fn options_that_make_no_sense_are_refused() {
     for address in ["127.0.0.2:1", "localhost:1", "[::1]:1"] {
         Client::new(address, Options { token: token.clone(), ..default() }).expect(address);
     }
+    let every = Some("aZ09._~+/-==".to_owned());
+    Client::new("", Options { token: every, ..default() }).expect("a token");
     assert!(!format!("{:?}", Options { token, ..default() }).contains("secret"));
 }
 

@@ -68,6 +68,7 @@ const DEFAULTS = {
   retryBudget: 20,
 };
 
+const TOKEN = /^[A-Za-z0-9._~+/-]+=*$/; // RFC 6750, section 2.1
 const WHOLE = ["maxMessageBytes", "maxAttempts", "retryBudget"];
 
 /** Fills in the defaults; throws RangeError, with the option's name, where a value makes no sense. @internal */
@@ -84,7 +85,7 @@ export function settle(options: ClientOptions): Settled {
       );
   }
   if (!settled.tls?.certificate !== !settled.tls?.key) throw new RangeError("tls.certificate and tls.key go together");
-  if (settled.token !== undefined && !/^[\x21-\x7e]+$/.test(settled.token))
-    throw new RangeError("token must be of printable ASCII characters without spaces");
+  if (settled.token !== undefined && !TOKEN.test(settled.token))
+    throw new RangeError("token has other characters than RFC 6750 allows, or none");
   return settled;
 }

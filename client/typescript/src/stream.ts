@@ -79,17 +79,32 @@ export interface Chunk {
 export class GenerateStream extends Stream<Chunk, GenerateResponse> {
   /** Model revision, device and prompt tokens; undefined until the first read. */
   started: Started | undefined;
-  /** Why the output ended and at which stop; undefined until then. */
-  finished: OutputFinished | undefined;
+  /** Why each output ended and at which stop, by its index; those that have. */
+  readonly allFinished = new Map<number, OutputFinished>();
   /** Tokens used and where the time went; undefined until the stream has ended well. */
   completed: Completed | undefined;
-  /** Text of output 0 that has been read so far. */
-  partialText = "";
+  readonly #texts: string[] = [];
 
-  /** Reads to the end; returns the whole text, chunks that were read before included. */
+  /** Why output 0 ended and at which stop; undefined until then. */
+  get finished(): OutputFinished | undefined {
+    return this.allFinished.get(0);
+  }
+
+  /** Text of output 0 that has been read so far. */
+  get partialText(): string {
+    return this.#texts[0] ?? "";
+  }
+
+  /** Reads to the end; returns the whole text of output 0, chunks that were read before included. */
   async text(): Promise<string> {
     for await (const _ of this);
     return this.partialText;
+  }
+
+  /** Does what `text` does; returns the texts of all outputs, by their index. */
+  async texts(): Promise<string[]> {
+    await this.text();
+    return [...this.#texts];
   }
 
   /** @internal */
@@ -97,18 +112,23 @@ export class GenerateStream extends Stream<Chunk, GenerateResponse> {
     switch (event.case) {
       case "delta": {
         const { text, tokens, outputIndex } = event.value;
-        if (outputIndex === 0) this.partialText += text;
+        this.#add(outputIndex, text);
         return { text, tokenIds: tokens.map((token) => token.id), tokens, outputIndex };
       }
       case "started":
         this.started = event.value;
         return undefined;
       case "outputFinished":
-        this.finished = event.value;
+        this.#add(event.value.outputIndex, "");
+        this.allFinished.set(event.value.outputIndex, event.value);
         return undefined;
       case "completed":
         this.completed = event.value;
     }
     return undefined;
+  }
+
+  #add(index: number, text: string): void {
+    this.#texts[index] = (this.#texts[index] ?? "") + text;
   }
 }

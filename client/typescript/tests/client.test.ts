@@ -44,6 +44,15 @@ suite("a client of a real server", () => {
     assert.deepEqual(await stream.next(), { done: true, value: undefined });
   });
 
+  test("gives each output its text and its end", async () => {
+    const stream = client.generate("echo", "abc", { sampling: { n: 2 }, stopping: { maxTokens: 3 } });
+    assert.deepEqual([stream.partialText, stream.finished], ["", undefined]);
+    assert.deepEqual(await stream.texts(), ["abc", "bca"]);
+    assert.equal(await stream.text(), "abc");
+    assert.equal(stream.finished?.outputIndex, 0);
+    assert.equal(stream.allFinished.get(1)?.outputIndex, 1);
+  });
+
   test("has chats, long forms and every unary verb of a model", async () => {
     const turns = [{ role: "user", content: "hi" }] as const;
     const { tokenIds, text } = await client.tokenize("echo", turns);
@@ -166,6 +175,10 @@ suite("options", () => {
       { retryBudget: Number.NaN },
       { tls: { key: "" + "k" } },
       { token: "two words" },
+      { token: "garçon" },
+      { token: "two\nlines" },
+      { token: "a=b" },
+      { token: "" },
     ];
     for (const options of bad)
       assert.throws(() => new Client("127.0.0.1:1", options), {

@@ -6,7 +6,11 @@ import io.lowbit.v1.GenerateResponse;
 import io.lowbit.v1.OutputFinished;
 import io.lowbit.v1.Started;
 import io.lowbit.v1.Token;
+import java.util.Collections;
+import java.util.List;
+import java.util.Map;
 import java.util.Optional;
+import java.util.concurrent.ConcurrentSkipListMap;
 
 /** A generation: chunks of text, and what the server said about them so far. */
 public final class GenerateStream extends MessageStream<Chunk> {
@@ -14,28 +18,34 @@ public final class GenerateStream extends MessageStream<Chunk> {
 
   /** What has been read; apart from the stream, so that a dropped stream can be found. */
   static final class State {
-    private final StringBuffer text = new StringBuffer();
+    private final Map<Integer, StringBuffer> texts = new ConcurrentSkipListMap<>();
+    private final Map<Integer, OutputFinished> finished = new ConcurrentSkipListMap<>();
     private volatile Started started;
-    private volatile OutputFinished finished;
     private volatile Completed completed;
 
     /** Returns the chunk of a message; null when it has none. */
     Chunk read(GenerateResponse message) {
       switch (message.getEventCase()) {
         case STARTED -> started = message.getStarted();
-        case OUTPUT_FINISHED -> finished = message.getOutputFinished();
+        case OUTPUT_FINISHED -> {
+          OutputFinished ended = message.getOutputFinished();
+          text(ended.getOutputIndex());
+          finished.put(ended.getOutputIndex(), ended);
+        }
         case COMPLETED -> completed = message.getCompleted();
         case DELTA -> {
           Delta delta = message.getDelta();
-          if (delta.getOutputIndex() == 0) {
-            text.append(delta.getText());
-          }
+          text(delta.getOutputIndex()).append(delta.getText());
           var ids = delta.getTokensList().stream().map(Token::getId).toList();
           return new Chunk(delta.getText(), ids, delta.getTokensList(), delta.getOutputIndex());
         }
         default -> { /* an event of a newer server */ }
       }
       return null;
+    }
+
+    private StringBuffer text(int index) {
+      return texts.computeIfAbsent(index, unused -> new StringBuffer());
     }
   }
 
@@ -49,9 +59,14 @@ public final class GenerateStream extends MessageStream<Chunk> {
     return Optional.ofNullable(state.started);
   }
 
-  /** {@return why the output that ended last did, and at which stop} */
+  /** {@return why output 0 ended, and at which stop} */
   public Optional<OutputFinished> finished() {
-    return Optional.ofNullable(state.finished);
+    return Optional.ofNullable(state.finished.get(0));
+  }
+
+  /** {@return why each output ended, by its index; those that have} */
+  public Map<Integer, OutputFinished> allFinished() {
+    return Collections.unmodifiableMap(state.finished);
   }
 
   /** {@return tokens used and times; there when the stream has ended well} */
@@ -61,12 +76,18 @@ public final class GenerateStream extends MessageStream<Chunk> {
 
   /** {@return the text of output 0 that has been read so far, also after a failure} */
   public String partialText() {
-    return state.text.toString();
+    return state.text(0).toString();
   }
 
   /** {@return the whole text of output 0, read to the end} */
   public String text() {
     forEachRemaining(chunk -> {});
     return partialText();
+  }
+
+  /** {@return the texts of all outputs, by their index, read to the end} */
+  public List<String> texts() {
+    forEachRemaining(chunk -> {});
+    return state.texts.values().stream().map(StringBuffer::toString).toList();
   }
 }

@@ -3,12 +3,15 @@ package io.lowbit;
 import java.time.Duration;
 import java.util.function.Consumer;
 import java.util.function.Supplier;
+import java.util.regex.Pattern;
 
 /**
  * What a client may be told about its connection. Each method returns a copy with one value changed
  * and throws {@link IllegalArgumentException} for a value that makes no sense.
  */
 public final class Options implements Cloneable {
+  private static final Pattern TOKEN = Pattern.compile("[A-Za-z0-9._~+/-]+=*"); // RFC 6750, 2.1
+
   Duration callTimeout = Duration.ofSeconds(30);
   Duration slowCallTimeout = Duration.ofSeconds(600);
   Duration streamTimeout;
@@ -168,10 +171,13 @@ public final class Options implements Cloneable {
   /**
    * Sends a bearer token; without TLS only to loopback.
    *
-   * @param value none by default
+   * @param value with the characters of RFC 6750; none by default
    * @return the copy
    */
   public Options token(String value) {
+    if (value != null && !TOKEN.matcher(value).matches()) {
+      throw new IllegalArgumentException("token has other characters than RFC 6750 allows, or none");
+    }
     return with(copy -> copy.token = value);
   }
 

@@ -43,6 +43,21 @@ class ClientTest {
   }
 
   @Test
+  void eachOutputHasItsTextAndItsEnd() {
+    var request = ask("smollm2", "abc", 3).toBuilder();
+    request.getSamplingBuilder().setN(2);
+    try (var client = new Client(Server.ADDRESS);
+        var stream = client.generate(request.build())) {
+      assertTrue(stream.finished().isEmpty());
+      assertEquals("", stream.partialText());
+      assertEquals(List.of("abc", "bca"), stream.texts());
+      assertEquals("abc", stream.text());
+      assertEquals(0, stream.finished().orElseThrow().getOutputIndex());
+      assertEquals(1, stream.allFinished().get(1).getOutputIndex());
+    }
+  }
+
+  @Test
   void leavingTheBlockFreesTheSlot() throws Exception {
     try (var client = new Client(Server.ADDRESS)) {
       try (var stream = client.generate(ask("slow", "a", 4000))) {

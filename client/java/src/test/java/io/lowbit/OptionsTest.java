@@ -55,6 +55,15 @@ class OptionsTest {
     new Client(address, options.tls(new Options.Tls())).close();
   }
 
+  @ParameterizedTest
+  @ValueSource(strings = {"", "two words", "two\nlines", "gar\u00e7on", "=", "a=b"})
+  void tokensHaveTheCharactersOfBearerTokens(String token) {
+    var refusal =
+        assertThrows(IllegalArgumentException.class, () -> new Options().token(token));
+    assertTrue(refusal.getMessage().startsWith("token has other"), refusal.getMessage());
+    new Options().token("aZ09._~+/-==").token(null);
+  }
+
   @Test
   void unreadableCertificatesAreRefused() {
     var options = new Options().tls(new Options.Tls("no certificate", null, null, null));
