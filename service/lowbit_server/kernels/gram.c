@@ -14,12 +14,12 @@
    stay in the first cache, those of 2000 columns in the second. */
 enum { LANES = 16, VECTORS = 3, PANEL = LANES * VECTORS, ROWS = 8, PAIRS = 96 };
 
-/* Packs a panel of columns as (pairs, PANEL): a column's two tokens side by side, with
-   zeros where X ends. */
+/* Packs a panel of columns as (pairs, PANEL), PAIRS of them at most: a column's two tokens
+   side by side, with zeros where X ends. */
 TARGET static void pack(const uint16_t *x, int64_t tokens, int64_t width, int64_t stride,
                         uint32_t *packed)
 {
-    for (int64_t token = 0; token < tokens; token += 2, x += 2 * stride)
+    for (int64_t token = 0; token < tokens && token < 2 * PAIRS; token += 2, x += 2 * stride)
         for (int64_t column = 0; column < PANEL; column += LANES, packed += LANES) {
             int64_t left = width - column;
             __mmask16 here = left >= LANES ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
@@ -70,24 +70,29 @@ TARGET static void tile(const uint32_t *left, const uint32_t *right, int64_t pai
 static int add(const uint16_t *x, int64_t tokens, int64_t columns, float *sums, int threads)
 {
     int64_t panels = (columns + PANEL - 1) / PANEL;
-    size_t size = PAIRS * PANEL * sizeof(uint32_t);
-    uint32_t *packed = aligned_alloc(64, panels * size);
+    int64_t blocks = (tokens + 2 * PAIRS - 1) / (2 * PAIRS);
+    int64_t size = PAIRS * PANEL;
+    uint32_t *packed = aligned_alloc(64, blocks * panels * size * sizeof *packed);
     if (!packed)
         return 0;
 #pragma omp parallel num_threads(threads)
-    for (int64_t begin = 0; begin < tokens; begin += 2 * PAIRS) {
-        int64_t length = tokens - begin < 2 * PAIRS ? tokens - begin : 2 * PAIRS;
-#pragma omp for
-        for (int64_t panel = 0; panel < panels; panel++)
-            pack(x + begin * columns + panel * PANEL, length, columns - panel * PANEL, columns,
-                 packed + panel * PAIRS * PANEL);
+    {
+#pragma omp for collapse(2)
+        for (int64_t block = 0; block < blocks; block++)
+            for (int64_t panel = 0; panel < panels; panel++)
+                pack(x + block * 2 * PAIRS * columns + panel * PANEL, tokens - block * 2 * PAIRS,
+                     columns - panel * PANEL, columns, packed + (block * panels + panel) * size);
         /* The longest first, so that the threads end together. */
 #pragma omp for schedule(dynamic)
         for (int64_t right = panels - 1; right >= 0; right--)
-            for (int64_t row = 0; row < columns && row < (right + 1) * PANEL; row += ROWS)
-                tile(packed + row / PANEL * PAIRS * PANEL + row % PANEL,
-                     packed + right * PAIRS * PANEL, (length + 1) / 2, columns - row,
-                     columns - right * PANEL, sums + row * columns + right * PANEL, columns);
+            for (int64_t block = 0; block < blocks; block++) {
+                const uint32_t *all = packed + block * panels * size;
+                int64_t pairs = (tokens + 1) / 2 - block * PAIRS;
+                for (int64_t row = 0; row < columns && row < (right + 1) * PANEL; row += ROWS)
+                    tile(all + row / PANEL * size + row % PANEL, all + right * size,
+                         pairs < PAIRS ? pairs : PAIRS, columns - row, columns - right * PANEL,
+                         sums + row * columns + right * PANEL, columns);
+            }
     }
     free(packed);
     return 1;
