@@ -87,25 +87,47 @@ class Calibrated:
         """
         tokens = self._hidden.shape[1]
         chunks = torch.split(self._hidden, max(1, _CHUNK_TOKENS // tokens))
-        normed = [layer.attention_input(chunk) for chunk in chunks]
+        normed = _each(layer.attention_input, chunks)
         yield QKV, self._gram(normed)
-        attended = [layer.attention(part) for part in normed]
+        attended = _each(layer.attention, normed)
         del normed
         yield (OUTPUT,), self._gram(attended)
-        for chunk, part in zip(chunks, attended, strict=True):
-            chunk.add_(layer.project(OUTPUT, part))
+        _add_projected(layer, OUTPUT, attended, chunks)
         del attended
         yield GATE_UP, self._gram(layer.mlp_input(chunk) for chunk in chunks)
-        gated = [layer.mlp(layer.mlp_input(chunk)) for chunk in chunks]
+        gated = _each(lambda chunk: layer.mlp(layer.mlp_input(chunk)), chunks)
         yield (DOWN,), self._gram(gated)
-        for chunk, part in zip(chunks, gated, strict=True):
-            chunk.add_(layer.project(DOWN, part))
+        _add_projected(layer, DOWN, gated, chunks)
 
     def _gram(self, inputs: Iterable[Tensor]) -> Gram:
         gram = Gram(magnitudes=self.magnitudes)
         for part in inputs:
             gram.add(part)
         return gram
+
+
+def _each(run: Callable[[Tensor], Tensor], chunks: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return what a part of a layer makes of each chunk (samples, tokens, in).
+
+    All are parts of one tensor, whose memory goes back as a whole: the allocator keeps what
+    many smaller ones leave, and finds little use for it.
+    """
+    made: Sequence[Tensor] = ()
+    for number, chunk in enumerate(chunks):
+        part = run(chunk)
+        if not made:
+            samples = sum(len(one) for one in chunks)
+            made = torch.split(part.new_empty(samples, *part.shape[1:]), len(chunk))
+        made[number].copy_(part)
+    return made
+
+
+def _add_projected(
+    layer: Layer, name: str, inputs: Sequence[Tensor], chunks: Sequence[Tensor]
+) -> None:
+    """Add a linear layer's outputs to chunks of the hidden states."""
+    for chunk, part in zip(chunks, inputs, strict=True):
+        chunk.add_(layer.project(name, part))
 
 
 def stacked(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Tensor:
