@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from lowbit.worker.v1 import worker_pb2 as wire
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.models.loading import load
+from lowbit_server.pool.worker import Worker
 from lowbit_server.quant import footprint
 from lowbit_server.quant.schemes import (
     AwqScheme,
@@ -18,6 +20,7 @@ from lowbit_server.quant.schemes import (
     RtnScheme,
 )
 from lowbit_server.rpc import estimates
+from lowbit_server.signals import Changed
 from tests.models.quantkit import FAMILIES, SIZES, Store, random_source
 
 if TYPE_CHECKING:
@@ -75,12 +78,35 @@ def test_more_calibration_takes_longer_and_more_memory(store: Store, tmp_path: P
     base = store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]))
     source = footprint.read(store.manifest("base"), base)
     few, many = (
-        estimates.quantization(source, RtnScheme(), tokens, ["cpu"]).devices[0]
+        estimates.quantization(source, GptqScheme(), tokens, ["cpu"]).devices[0]
         for tokens in (1 << 10, 1 << 24)
     )
     assert many.duration.ToMilliseconds() > few.duration.ToMilliseconds()
     extra = many.peak_memory_bytes - few.peak_memory_bytes
-    assert extra >= ((1 << 24) - (1 << 10)) * SIZES["hidden_size"] * 4
+    # Hidden states and what flows into the widest layer.
+    widths = SIZES["hidden_size"] + SIZES["intermediate_size"]
+    assert extra >= ((1 << 24) - (1 << 10)) * widths * 2
+
+
+def test_only_the_first_load_of_a_process_imports_libraries(store: Store, tmp_path: Path) -> None:
+    base = store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]))
+    model = footprint.read(store.manifest("base"), base)
+    worker = Worker("cpu-0", "cpu", Changed())
+
+    def load_ms() -> int:
+        (loaded,) = estimates.load(model, ["cpu"], [worker]).devices
+        return loaded.duration.ToMilliseconds()
+
+    assert load_ms() >= 5000
+    worker.load("base", base)
+    assert load_ms() >= 5000
+    worker.handle(wire.AttachResponse(loaded=wire.Loaded(model="base")))
+    assert load_ms() < 500
+    worker.handle(wire.AttachResponse(unloaded=wire.Unloaded(model="base")))
+    assert not worker.replicas
+    assert load_ms() < 500
+    worker.detach()
+    assert load_ms() >= 5000
 
 
 def test_layers_that_a_scheme_cannot_take_are_named(store: Store, tmp_path: Path) -> None:

@@ -177,6 +177,17 @@ def test_estimates_are_within_5_percent(server: ServerProcess) -> None:
             client.estimate_quantization("nf4", "rtn")
 
 
+@pytest.mark.parametrize("name", ["fp32", "int8", "rtn", "awq"])
+def test_the_peak_of_a_job_is_as_estimated(name: str, server: ServerProcess) -> None:
+    with Client(server.address) as client:
+        (job,) = (job for job in client.jobs() if job.model == name)
+        calibration = CALIBRATION if name == "awq" else None
+        (expected,) = client.estimate_quantization("bf16", name, calibration=calibration).devices
+        # What libraries take, the most of it, differs a little between machines.
+        measured = job.progress.peak_memory_bytes
+        assert expected.peak_memory_bytes == pytest.approx(measured, rel=0.1)
+
+
 def test_smaller_is_smaller_and_measured(server: ServerProcess) -> None:
     with Client(server.address) as client:
         models = {model.name: model for model in client.models()}

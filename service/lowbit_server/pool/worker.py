@@ -56,6 +56,8 @@ class Worker:
         self.state = WorkerState.STARTING
         self.pid = 0
         self.restarts = 0
+        self.warm = False
+        """Whether the process has loaded a model, and its libraries with it."""
         self.resident_bytes = 0
         self.total_bytes = 0
         self.free_bytes = 0
@@ -137,7 +139,7 @@ class Worker:
         if self.state is WorkerState.LOST:
             return
         self._link = None
-        self.state = WorkerState.LOST
+        self.state, self.warm = WorkerState.LOST, False
         self.pid = self.waiting = self.resident_bytes = 0
         for request in list(self._requests):
             stream = self._requests[request].stream
@@ -200,6 +202,7 @@ class Worker:
             replica.changed.notify()
 
     def _loaded(self, loaded: wire.Loaded) -> None:
+        self.warm = True
         if replica := self.replicas.get(loaded.model):
             if replica.state is ReplicaState.LOADING:  # not when it shall be unloaded again
                 replica.state = ReplicaState.LIVE

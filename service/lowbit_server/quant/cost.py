@@ -25,17 +25,30 @@ if TYPE_CHECKING:
 
 # A process imports torch, transformers and what they need.
 _START_S = 5.0
-_PROCESS_BYTES = 720 << 20
-_BITSANDBYTES_BYTES = 100 << 20
+_PROCESS_BYTES = 740 << 20
+_BITSANDBYTES_BYTES = 80 << 20
+# Modules and kernels that only run when a model does, and what the allocator keeps.
+_CALIBRATION_BYTES = 105 << 20
 # Read through the page cache, written, synced and hashed; and read alone.
 _WRITE_BYTES_PER_S = 400e6
 _READ_BYTES_PER_S = 1e9
+# A load, without what depends on its size; schemes whose kernels want another layout are
+# laid out anew.
+_LOAD_S = 0.1
+_PACK_BYTES_PER_S = 170e6
+_PACKED = {"bnb_4bit", "rtn", "gptq", "awq"}
 # How many copies of the weights in float32 take as long as rounding them.
 _PASSES = {"float": 2, "int8": 70, "bnb_4bit": 140, "rtn": 150, "gptq": 150, "awq": 800}
 # Of the columns of all linear layers, the share whose inputs are not those of another one:
 # query, key and value share theirs, as do gate and up.
 _DISTINCT_INPUTS = 4 / 7
 _FLOAT_BYTES = 4
+# Of a weight, and of the largest X^T X, while a layer is rounded.
+_COPIES = 8
+_GRAM_COPIES = {"gptq": 7.5, "awq": 4}
+# Those of `quant.decoder` and `quant.calibrated`, which import torch.
+_ACTIVATION_BYTES = 2
+_CHUNK_TOKENS = 4096
 
 _PRODUCT_SIZE = 768
 _COPY_BYTES = 32 << 20
@@ -75,8 +88,9 @@ def quantize_seconds(
     seconds = _START_S + _bytes(result) / _WRITE_BYTES_PER_S + passed_bytes / speed.bytes
     if tokens:
         squares = sum(columns**2 for _, columns in weights) * _DISTINCT_INPUTS
-        # Two forward passes, half of each X^T X, which is symmetric, and the solution.
-        flops = 2 * 2 * elements * tokens + squares * tokens
+        # A forward pass, half of each X^T X, which is symmetric, and the solution. The products
+        # are in bfloat16; what that gains goes into norms, attention and activations.
+        flops = 2 * elements * tokens + squares * tokens
         flops += sum(columns**2 * (rows + columns) for rows, columns in weights)
         seconds += flops / speed.flops
     return seconds
@@ -86,19 +100,27 @@ def quantize_peak_bytes(source: Entries, scheme: Scheme, tokens: int, hidden: in
     """Return the highest memory of a job without an evaluation, on the host.
 
     Files are mapped: what was read of the source counts, though the system may take it back.
-    A weight is a few times in float32 while it is rounded; calibration holds the inputs of a
-    layer for all its tokens, in float32, and one layer's weights.
+    A weight is a few times in float32 while it is rounded. Calibration holds the hidden
+    states and the inputs of the widest layer for all its tokens in bfloat16, four such for
+    those that it computes at once, and a few of that layer's X^T X.
     """
-    largest = max((source[name].elements for name in linear_names(source)), default=0)
-    calibrating = 2 * tokens * hidden * _FLOAT_BYTES
-    libraries = _BITSANDBYTES_BYTES if scheme.kind in {"int8", "bnb_4bit"} else 0
-    rounding = 8 * _FLOAT_BYTES * largest
-    return _PROCESS_BYTES + libraries + _bytes(source) + rounding + calibrating
+    shapes = [source[name].shape for name in linear_names(source)]
+    largest = max((rows * columns for rows, columns in shapes), default=0)
+    peak = _PROCESS_BYTES + _bytes(source) + _COPIES * _FLOAT_BYTES * largest
+    if scheme.kind in {"int8", "bnb_4bit"}:
+        peak += _BITSANDBYTES_BYTES
+    if tokens:
+        widest = max((columns for _, columns in shapes), default=0)
+        peak += _CALIBRATION_BYTES + _ACTIVATION_BYTES * tokens * (hidden + widest)
+        peak += 4 * _ACTIVATION_BYTES * min(tokens, _CHUNK_TOKENS) * widest
+        peak += int(_GRAM_COPIES[scheme.kind] * _FLOAT_BYTES * widest**2)
+    return peak
 
 
-def load_seconds(stored_bytes: int, *, cold: bool) -> float:
+def load_seconds(stored_bytes: int, scheme: Scheme, *, cold: bool) -> float:
     """Return how long a load takes; a cold worker imports its libraries first."""
-    return (_START_S if cold else 1.0) + stored_bytes / _READ_BYTES_PER_S
+    rate = _PACK_BYTES_PER_S if scheme.kind in _PACKED else _READ_BYTES_PER_S
+    return (_START_S if cold else 0) + _LOAD_S + stored_bytes / rate
 
 
 def load_peak_bytes(stored_bytes: int, live_bytes: int, *, mapped: bool) -> int:

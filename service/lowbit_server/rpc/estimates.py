@@ -67,7 +67,8 @@ def _load_estimate(
     mapped = isinstance(model.manifest.scheme, FloatScheme) and (
         model.shape.live_dtype(device) == model.shape.dtype
     )
-    seconds = cost.load_seconds(stored, cold=not any(worker.replicas for worker in workers))
+    cold = not any(worker.warm for worker in workers)
+    seconds = cost.load_seconds(stored, model.manifest.scheme, cold=cold)
     return model_pb2.LoadEstimate(
         device=device,
         live_bytes=live,
