@@ -69,18 +69,16 @@ class GptqMethod(Calibrated):
         for names, inputs in self._stages(layer):
             gram = inputs.mean()
             weight = stacked(names, tensors).to(self._device)
-            whole = quantize(weight, gram, bits, self._scheme)
+            *whole, lost = quantize(weight, gram, bits, self._scheme)
+            loss += lost / _energy(weight, gram)
             rows = [len(converted.pop(f"{linear}.weight")) for linear in names]
-            served = []
             for linear, *parts in zip(
                 names, *(torch.split(one, rows, 1) for one in whole), strict=True
             ):
                 packed = PackedLinear.of(bits, *parts)
                 check_finite(f"model.layers.{number}.{linear}.weight", packed.scales)
                 converted |= packed.tensors(linear)
-                served.append(packed.dequantized(ACTIVATIONS))
-                layer.replace(linear, served[-1])
-            loss += _energy(weight - torch.cat(served), gram) / _energy(weight, gram)
+                layer.replace(linear, packed.dequantized(ACTIVATIONS))
         self._losses.append(loss)
         return converted
 
@@ -92,10 +90,11 @@ def _energy(weight: Tensor, gram: Tensor) -> float:
 
 def quantize(
     weight: Tensor, gram: Tensor, bits: int, scheme: GptqScheme
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """Quantize a weight (out, in) whose inputs have the mean X^T X `gram` (in, in).
 
-    Returns codes uint8 (in, out), zero points int32 and scales fp16 (groups, out).
+    Returns codes uint8 (in, out), zero points int32 and scales fp16 (groups, out), and the
+    mean square of what the outputs lost, with `damp` counted as noise of the inputs.
 
     With `desc_act`, columns go in order of falling mean square of their inputs (the
     reference implementation's "act order") on grids that are fixed before ("static
@@ -120,7 +119,7 @@ def quantize(
         work, gram = work[order], gram[order][:, order]
     factor = inverse_factor(gram, scheme.damp)
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
-    last = 2**bits - 1
+    last, lost = 2**bits - 1, 0.0
     steps, offsets = scales.float(), zeros.float()
     places = order.tolist()
     for start in range(0, columns, _BLOCK):
@@ -145,8 +144,9 @@ def quantize(
             torch.sub(value, error, out=error).div_(pivots[index])
             part[index + 1 :].addr_(within[index, index + 1 :], error, alpha=-1)
         codes[order[start:end]] = rounded.to(torch.uint8)
+        lost += float(errors.square().sum())
         work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    return codes, zeros, scales
+    return codes, zeros, scales, lost
 
 
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:
