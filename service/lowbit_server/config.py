@@ -75,8 +75,9 @@ class Config(BaseSettings):
     """Requests that run or wait at one time; the next one is refused. Each output counts."""
     max_running_requests: int = Field(default=32, ge=1, le=1024)
     """Requests that one model runs at one time in one worker. Each output counts."""
-    kv_cache_bytes: int = Field(default=2 << 30, ge=1 << 20)
-    """KV cache of one model in one worker, bytes."""
+    kv_cache_bytes: int = Field(default=2 << 30, ge=0)
+    """KV cache of one model in one worker, bytes; 0 takes half of what its device has free once the
+    weights are in place."""
     stream_buffer_tokens: int = Field(default=1024, ge=16, le=1 << 20)
     """Tokens of each output that a slow reader may lag behind before its stream is failed."""
     max_message_bytes: int = Field(default=16 << 20, ge=1 << 16, le=1 << 30)

@@ -65,3 +65,19 @@ def test_outputs(service: Service) -> None:
     out = run(service, "outputs.py", "thrice", "abc").splitlines()
     assert out[:3] == [repr("abc" * 8), repr("bca" * 8), repr("cab" * 8)]
     assert "output_tokens: 72" in "\n".join(out)
+
+
+def test_prefix(service: Service, tmp_path: Path) -> None:
+    service.load_scripted("read", step_ms=1.0)
+    document = tmp_path / "document.txt"
+    document.write_text("All is said.")
+    out = run(service, "prefix.py", "read", str(document), "What?", "Why?").splitlines()
+    found = [line for line in out if line.startswith("0 of ")]  # the script has no KV cache
+    assert len(found) == 2
+
+
+def test_exact(service: Service) -> None:
+    service.load_scripted("exact", step_ms=1.0)
+    text, *chunks = run(service, "exact.py", "exact", "abc").splitlines()
+    assert text == "abc" * 8
+    assert sum(int(chunk.split(":")[0]) for chunk in chunks) == 24

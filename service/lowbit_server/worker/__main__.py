@@ -35,7 +35,8 @@ def main() -> None:
     threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
     logs.configure("info")
     inbox = make_inbox()
-    loop = StepLoop(inbox, Loader(settings, inbox), find_device(settings.device))
+    device = find_device(settings.device)
+    loop = StepLoop(inbox, Loader(settings, device, inbox), device)
     server = serve(settings.socket, inbox)
     structlog.get_logger().info("serving", device=settings.device, threads=settings.threads)
     try:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lowbit_server.engine.engine import Engine
     from lowbit_server.grammar.matcher import Vocabulary
+    from lowbit_server.worker.device import Cpu, Cuda
     from lowbit_server.worker.settings import Settings
 
 READ_CHUNK_BYTES = 16 << 20
@@ -31,9 +32,10 @@ class LoadStoppedError(Exception):
 class Loader:
     """Loads one model at a time and puts the news into the inbox."""
 
-    def __init__(self, settings: Settings, inbox: Queue[Item]) -> None:
+    def __init__(self, settings: Settings, device: Cpu | Cuda, inbox: Queue[Item]) -> None:
         """Make an idle loader."""
         self._settings = settings
+        self._device = device
         self._inbox = inbox
         # One at a time, since transformers sets the default dtype of the whole process
         # while it builds a model. At most one load of each model waits here.
@@ -106,7 +108,8 @@ class Loader:
         torch.set_num_threads(settings.threads)
         decoder = load(ticket.path, settings.device, manifest.context_tokens)
         self._report(ticket, LoadPhase.LOAD_PHASE_WARM_UP, 0)
-        engine = BatchingEngine(decoder, settings.max_running, settings.kv_cache_bytes)
+        kv_cache_bytes = settings.kv_cache_bytes or self._device.memory().free // 2
+        engine = BatchingEngine(decoder, settings.max_running, kv_cache_bytes)
         self._report(ticket, LoadPhase.LOAD_PHASE_WARM_UP, 1)
         vocabulary = Vocabulary(ticket.path, decoder.spec.vocab_size, manifest.eos_token_ids)
         return engine, decoder.live_bytes, vocabulary

@@ -29,13 +29,21 @@ def parse(arguments: Sequence[str]) -> Settings:
     parser.add_argument("--threads", type=_positive, default=1, help="CPU threads of torch")
     parser.add_argument("--max-running", type=_positive, default=64, help="slots of a model")
     parser.add_argument(
-        "--kv-cache-bytes", type=_positive, default=1 << 30, help="KV cache of a model"
+        "--kv-cache-bytes",
+        type=_natural,
+        default=1 << 30,
+        help="KV cache of a model; 0 takes half of the memory that is free",
     )
     return Settings(**vars(parser.parse_args(arguments)))
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if (value := _natural(text)) < 1:
+        raise ValueError(text)
+    return value
+
+
+def _natural(text: str) -> int:
+    if (value := int(text)) < 0:
         raise ValueError(text)
     return value
