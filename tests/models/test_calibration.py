@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lowbit_server.errors import LowbitError, Reason
-from lowbit_server.jobs.spec import CalibrationSpec, EvaluationSpec
+from lowbit_server.jobs.evaluating import evaluate_model
+from lowbit_server.jobs.spec import CalibrationSpec, EvaluateSpec, EvaluationSpec, Measured
 from lowbit_server.quant.calibration import draw
 from lowbit_server.quant.schemes import RtnScheme
 from tests.models.quantkit import FAMILIES, Store, random_source
@@ -49,6 +50,24 @@ def test_one_text_for_both_is_refused_before_work(store: Store, tmp_path: Path) 
     assert caught.value.reason is Reason.INVALID_FIELD
     assert "thenumber" in caught.value.message
     assert not (store.models / "small").exists()
+
+
+def test_a_model_is_not_measured_on_what_calibrated_it(store: Store) -> None:
+    seen = [f"The number {number} is here." for number in range(1000)]
+    calibration = CALIBRATION.model_copy(update={"text_inline": tuple(seen)})
+    small = store.quantized(RtnScheme(), calibration=calibration)
+
+    def evaluate(model: str, against: str, text: str) -> Measured:
+        evaluation = EVALUATION.model_copy(update={"text_inline": (text,)})
+        spec = EvaluateSpec(model=model, against=against, device="cpu", evaluation=evaluation)
+        return evaluate_model(spec, store._context(model, small))
+
+    for model, against in (("small", "base"), ("base", "small")):
+        with pytest.raises(LowbitError, match="overlap") as caught:
+            evaluate(model, against, "Something else. " + " ".join(seen[500:520]))
+        assert caught.value.violations[0].field == "evaluation.source"
+    unseen = evaluate("small", "base", "Nobody has read these words before. " * 9)
+    assert unseen.quality.tokens > 0
 
 
 def test_the_builtin_text_is_enough_for_the_default(smollm2_bf16: Path) -> None:

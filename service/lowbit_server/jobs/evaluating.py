@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,8 @@ from lowbit_server.models.loading import load
 from lowbit_server.models.transformers import UnsupportedModelError
 from lowbit_server.quant.evaluation import Divergence, cut
 from lowbit_server.quant.quality import Quality
-from lowbit_server.quant.text import evaluation_text
-from lowbit_server.store.sources import TOKENIZER_FILE
+from lowbit_server.quant.text import check_unseen, evaluation_text
+from lowbit_server.store.sources import CALIBRATION_FILE, TOKENIZER_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -51,13 +52,18 @@ class Subject:
 def evaluate_model(spec: EvaluateSpec, context: Context) -> Measured:
     """Measure a model of the store against another.
 
-    Raises LowbitError: MODEL_NOT_FOUND, those of `evaluation_text` and of `measure`.
+    Raises LowbitError: MODEL_NOT_FOUND, INVALID_FIELD for a text that one of them was
+    calibrated on, those of `evaluation_text` and of `measure`.
     """
     own, base = (
         Subject(folder, read_manifest(folder, folder.name))
         for folder in (context.models / spec.model, context.models / spec.against)
     )
-    windows = cut_text(evaluation_text(spec.evaluation), base.folder, spec.evaluation)
+    text = evaluation_text(spec.evaluation)
+    for subject in (own, base):
+        if (file := subject.folder / CALIBRATION_FILE).exists():
+            check_unseen(text, json.loads(file.read_bytes()))
+    windows = cut_text(text, base.folder, spec.evaluation)
     return Measured(quality=measure(own, base, windows, spec.device, context))
 
 

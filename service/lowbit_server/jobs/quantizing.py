@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,13 @@ from lowbit_server.quant.foreign import foreign_scheme
 from lowbit_server.quant.gptq import GptqMethod
 from lowbit_server.quant.layout import blocks, linear_layers
 from lowbit_server.quant.methods import method
+from lowbit_server.quant.overlap import sketch
 from lowbit_server.quant.schemes import AutoScheme, AwqScheme, FloatScheme, GptqScheme
 from lowbit_server.quant.shapes import check_shape
 from lowbit_server.quant.text import check_apart, evaluation_text
 from lowbit_server.store.checkpoint import Checkpoint
 from lowbit_server.store.sealing import disk_full_is_named, seal_files
-from lowbit_server.store.sources import CONFIG_FILE, INDEX_FILE, read_json, shards
+from lowbit_server.store.sources import CALIBRATION_FILE, CONFIG_FILE, INDEX_FILE, read_json, shards
 from lowbit_server.store.tensors import TensorReader, TensorWriter
 
 if TYPE_CHECKING:
@@ -135,6 +137,9 @@ def make(scheme: Scheme, spec: QuantizeSpec, inputs: Inputs, context: Context) -
             losses = chosen.losses
     _describe_weights(source, staging, quantization, kept)
     _copy_rest(source, staging, parent)
+    if samples is not None:
+        with disk_full_is_named(staging):
+            (staging / CALIBRATION_FILE).write_text(json.dumps(sketch(samples.text)))
     return Made(seal_files(staging), digest, losses)
 
 

@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 RUN_LETTERS = 128
 """Length of a shared run, letters and digits; a power of two."""
 # Odd, so that products keep all 64 bits: the golden ratio's, as in Fibonacci hashing.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+# Enough for a text of two million letters, from which 128 samples of 512 tokens are drawn,
+# to give itself away by any 3000 of its letters: one run of 500 is remembered.
+_SKETCHED_RUNS = 4096
 
 
 def letters(text: str) -> str:
@@ -39,6 +44,27 @@ def shared_run(one: str, other: str) -> str | None:
         return shorter if shorter and shorter in longer else None
     starts = shared_starts(first, second)
     return first[starts[0] : starts[0] + RUN_LETTERS] if len(starts) else None
+
+
+def sketch(text: str) -> list[int]:
+    """Return what to remember of a text: the smallest hashes of its runs, in order.
+
+    A text of at most `_SKETCHED_RUNS` runs is remembered whole, a longer one by chance.
+    """
+    smallest: list[int] = np.unique(_mixed(letters(text)))[:_SKETCHED_RUNS].tolist()
+    return smallest
+
+
+def sketched_run(text: str, remembered: Sequence[int]) -> str | None:
+    """Return an example of what a text shares with one of which a sketch is left, or None."""
+    own = letters(text)
+    starts = np.flatnonzero(np.isin(_mixed(own), np.array(remembered, np.uint64)))
+    return own[starts[0] : starts[0] + RUN_LETTERS] if len(starts) else None
+
+
+def _mixed(text: str) -> NDArray[np.uint64]:
+    """Return hashes whose order has nothing to do with the runs: high bits hold all others."""
+    return _hashes(text) * _MULTIPLIER
 
 
 def _hashes(text: str) -> NDArray[np.uint64]:

@@ -12,10 +12,16 @@ import numpy as np
 
 from lowbit_server.errors import LowbitError, Reason, invalid
 from lowbit_server.quant import hub_text
-from lowbit_server.quant.overlap import RUN_LETTERS, letters, shared_run, shared_starts
+from lowbit_server.quant.overlap import (
+    RUN_LETTERS,
+    letters,
+    shared_run,
+    shared_starts,
+    sketched_run,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from lowbit_server.jobs.spec import EvaluationSpec, TextSpec
 
@@ -98,11 +104,21 @@ def evaluation_text(spec: EvaluationSpec) -> str:
 def check_apart(calibration: str, evaluation: str) -> None:
     """Raise INVALID_FIELD, with an example, when two texts overlap (see `overlap`)."""
     if shared := shared_run(calibration, evaluation):
-        raise invalid(
-            "calibration.source",
-            "calibration and evaluation text must not overlap; without spaces and "
-            f"punctuation, both have: {shared}",
-        )
+        raise _overlap("calibration.source", shared)
+
+
+def check_unseen(evaluation: str, remembered: Sequence[int]) -> None:
+    """Raise INVALID_FIELD when a text overlaps what a model was calibrated on, by its sketch."""
+    if shared := sketched_run(evaluation, remembered):
+        raise _overlap("evaluation.source", shared)
+
+
+def _overlap(field: str, shared: str) -> LowbitError:
+    return invalid(
+        field,
+        "calibration and evaluation text must not overlap; without spaces and "
+        f"punctuation, both have: {shared}",
+    )
 
 
 def documents(spec: TextSpec, role: Role) -> Iterator[str | Chat]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
+CALIBRATION_FILE = "calibration.json"
+"""What a calibrated model remembers of its text: an `overlap.sketch`."""
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SCRIPTED_TYPE = "lowbit_scripted"

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit_server.quant.overlap import RUN_LETTERS, letters, shared_run, shared_starts
+from lowbit_server.quant.overlap import (
+    RUN_LETTERS,
+    letters,
+    shared_run,
+    shared_starts,
+    sketch,
+    sketched_run,
+)
 
 # Few letters and repeated pieces, so that long runs are shared now and then.
 pieces = st.lists(st.sampled_from(["a" * 40, "ab" * 33, "b" * 70, "é0" * 50, "x"]), max_size=12)
@@ -26,6 +34,7 @@ def prose(seed: int, words: int) -> str:
 
 
 @given(texts, texts)
+@settings(deadline=None)
 def test_it_finds_what_comparing_everything_finds(one: str, other: str) -> None:
     known = set(runs(other))
     expected = [at for at, run in enumerate(runs(one)) if run in known]
@@ -70,3 +79,27 @@ def test_short_texts_are_compared_whole() -> None:
 def test_megabytes_take_no_time_to_speak_of() -> None:
     one = "".join(np.random.default_rng(0).choice(list("abcdefgh"), 1 << 20))
     assert shared_run(one, one[500_000:600_000]) == one[500_000 : 500_000 + RUN_LETTERS]
+
+
+@given(texts, texts)
+@settings(deadline=None)
+def test_a_sketch_of_a_short_text_holds_all_of_it(one: str, other: str) -> None:
+    found = sketched_run(other, sketch(one))
+    enough = min(len(one), len(other)) >= RUN_LETTERS
+    assert found == (shared_run(other, one) if enough else None)
+
+
+def test_a_sketch_of_a_long_text_knows_any_page_of_it() -> None:
+    text = letters(prose(1, 360_000))
+    assert len(text) > 1_900_000
+    known = sketch(text)
+    assert len(known) == 4096
+    assert len(json.dumps(known)) < 100_000
+    chosen = random.Random(2)
+    for _ in range(200):
+        start = chosen.randrange(len(text) - 8000)
+        page = text[start : start + 8000]
+        run = sketched_run(f"{prose(3, 50)} {page}", known)
+        assert run is not None
+        assert run in page
+    assert sketched_run(prose(4, 50_000), known) is None
