@@ -56,6 +56,10 @@ def generate(client: Client, request: Any, timeout: float | None) -> Any:
         options["token_ids_output"] = request.output.token_ids
     if request.output.HasField("logprobs"):
         options["logprobs"] = request.output.logprobs
+    options |= given(request, "deterministic", "prompt_lookup_tokens", "cache_salt")
+    options |= given(request.constraint, "json_schema", "regex", "grammar")
+    if request.constraint.HasField("choice"):
+        options["choice"] = request.constraint.choice.options
     match request.WhichOneof("input"):
         case "chat":
             options["messages"] = request.chat.messages
@@ -85,7 +89,8 @@ def scoring(client: Client, request: Any, timeout: float | None) -> Any:
     chosen = request.WhichOneof("prompt")
     prompt = {"prompt": request.text} if chosen == "text" else {"token_ids": request.token_ids.ids}
     ids = [one.ids for one in request.continuations]
-    return client.score(request.model, **prompt, continuations=ids, timeout=timeout)
+    salt = given(request, "cache_salt")
+    return client.score(request.model, **prompt, **salt, continuations=ids, timeout=timeout)
 
 
 JOB = ("device", "calibration", "evaluation", "skip_evaluation", "gate", "request_id")
