@@ -38,10 +38,13 @@ def stream_from_smollm2(testees: Sequence[Testee]) -> Iterator[tuple[Testee, str
     ):
         client.wait_job(client.import_model(MODEL, path=str(source)).id)
         client.load(MODEL).wait()
-        stream = client.generate(
-            MODEL, messages=[("user", QUESTION)], max_tokens=200, temperature=0.7, seed=1
-        )
-        text = stream.text()
+        # What reads its prompt from the KV cache, as all examples then do, is rounded otherwise
+        # than what computed it, and a seed follows the last bits: the second answer counts.
+        for _ in range(2):
+            stream = client.generate(
+                MODEL, messages=[("user", QUESTION)], max_tokens=200, temperature=0.7, seed=1
+            )
+            text = stream.text()
         assert stream.usage is not None
         for testee in testees:
             began = time.monotonic()
