@@ -10,7 +10,7 @@ GENERATED := build/generated
 LIGHT := build/light.binpb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint proto generate checkgenerate unit conformance bench bench-clients bench-engine bench-quantize interop lock clean
+.PHONY: help demo test lint proto generate checkgenerate unit conformance bench bench-clients bench-overload bench-engine bench-quantize interop lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ conformance: $(READY) ## Play one suite of scenarios against the SDK of every la
 
 bench: $(READY) ## Measure what the server adds to a scripted engine
 	$(BIN)/python benchmarks/rpc.py
+
+bench-overload: $(READY) ## Measure what ten times too many requests do
+	$(BIN)/python benchmarks/overload.py $(BENCH_FLAGS)
 
 bench-clients: $(READY) ## Measure how many tokens a second each SDK reads
 	$(BIN)/python benchmarks/clients.py

@@ -125,7 +125,10 @@ def systems(home: Path, chosen: set[str] | None) -> list[System]:
 
     store = Store(home)
     (store.models / "base").symlink_to(BASE.resolve())
-    found = [System("lowbit bf16", "ours.py", store.models / "base")]
+    found = [
+        System("lowbit bf16", "ours.py", store.models / "base"),
+        System("lowbit bf16 served", "ours_served.py", store.models / "base"),
+    ]
     for name, scheme in SCHEMES.items():
         if chosen and f"lowbit {name}" not in chosen:
             continue

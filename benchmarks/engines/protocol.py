@@ -23,9 +23,9 @@ Run = Callable[[Prompts, int], list[list[float]]]
 _WARM_UP_TOKENS = 4
 
 
-def main(make: Callable[[str], Run], argument: str | None = None) -> None:
-    """Run the plan on what `make` returns for a model's path."""
-    plan: dict[str, Any] = json.loads(argument or sys.argv[1])
+def main(make: Callable[[str], Run], end: Callable[[], None] = lambda: None) -> None:
+    """Run the plan on what `make` returns for a model's path, and then `end`."""
+    plan: dict[str, Any] = json.loads(sys.argv[1])
     # What libraries print goes to stderr.
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -41,7 +41,9 @@ def main(make: Callable[[str], Run], argument: str | None = None) -> None:
             json.dumps({"name": cell["name"], "began": began, "arrivals": arrivals}) + "\n"
         )
         reports.flush()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    end()
+    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = 1024 * max(resource.getrusage(one).ru_maxrss for one in processes)
     reports.write(json.dumps({"peak_bytes": peak}) + "\n")
     reports.flush()
     os._exit(0)  # some libraries hang when they are taken down
