@@ -47,7 +47,7 @@ class GrammarChecker:
     async def check(self, grammar: Grammar, manifest: Manifest, folder: Path) -> None:
         """Raise INVALID_FIELD for a grammar that a model's worker could not follow."""
         field = f"constraint.{grammar.kind}"
-        if grammar.kind == "choice" and len(grammar.text) > CHOICE_BYTES:
+        if grammar.kind == "choice" and len(grammar.text.encode()) > CHOICE_BYTES:
             raise invalid(field, f"the options take more than {CHOICE_BYTES} bytes in all")
         request = {
             "folder": str(folder),

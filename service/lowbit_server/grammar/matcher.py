@@ -1,4 +1,4 @@
-"""Which tokens may come next, by llguidance (docs/adr/0011)."""
+"""Which tokens may come next, by llguidance (docs/adr/0013)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from lowbit_server.grammar.spec import Grammar
 
-# Whoever asks for an ambiguous grammar must not hold up his neighbours: of a mask's items
-# the library's default allows five times as many, and took 0.7 s for them here, not 15 ms.
+# An ambiguous grammar must not hold up a batch: of a mask's items the library's default allows
+# five times as many, and took 0.7 s for them here, not 0.1.
 LIMITS = LLParserLimits(
     max_items_in_row=1000,
     step_max_items=10_000,

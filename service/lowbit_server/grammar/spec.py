@@ -30,5 +30,5 @@ def grammar_of(message: OutputConstraint) -> Grammar | None:
     if kind is None:
         return None
     if kind == "choice":
-        return Grammar(kind, json.dumps(list(message.choice.options)))
+        return Grammar(kind, json.dumps([*message.choice.options], ensure_ascii=False))
     return Grammar(kind, getattr(message, kind))

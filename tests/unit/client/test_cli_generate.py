@@ -21,6 +21,7 @@ from tests.unit.client.fake import Endless, events, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from tests.unit.client.fake import FakeServer
 
@@ -52,6 +53,28 @@ def test_generate_prints_one_document_with_json(server: FakeServer, run: Run) ->
     (request,) = server.requests("Generate")
     assert [item.content for item in request.chat.messages] == ["be brief", "p"]
     assert list(request.stopping.strings) == ["x"]
+
+
+def test_constraints_come_from_flags_and_files(
+    server: FakeServer, run: Run, tmp_path: Path
+) -> None:
+    server.on["Generate"] = lambda *_: events()
+    (tmp_path / "schema.json").write_text('{"type": "string"}')
+    (tmp_path / "rules.lark").write_text('start: "é"', encoding="utf-8")
+    for flags in (
+        ("--json-schema", str(tmp_path / "schema.json")),
+        ("--grammar", str(tmp_path / "rules.lark")),
+        ("--regex", "a+"),
+        ("--choice", "yes", "--choice", "no"),
+    ):
+        assert run("generate", "m", "p", *flags)[0] == 0
+    schema, rules, regex, choice = (one.constraint for one in server.requests("Generate"))
+    assert schema.json_schema == '{"type": "string"}'
+    assert rules.grammar == 'start: "é"'
+    assert regex.regex == "a+"
+    assert list(choice.choice.options) == ["yes", "no"]
+    assert run("generate", "m", "p", "--regex", "a", "--choice", "b")[0] == 2
+    assert run("generate", "m", "p", "--grammar", str(tmp_path / "none"))[0] == 2
 
 
 def test_a_failure_midway_leaves_the_text_and_ends_the_line(server: FakeServer, run: Run) -> None:

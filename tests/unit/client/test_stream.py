@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from lowbit.v1.generation_pb2 import (
     ROLE_SYSTEM,
     ROLE_USER,
     ChatMessage,
+    Choice,
     Delta,
     GenerateResponse,
     OutputFinished,
@@ -161,6 +163,7 @@ def test_every_option_reaches_its_field(server: FakeServer, client: Client) -> N
         n=2,
         logprobs=0,
         echo=True,
+        regex="a+",
         deterministic=True,
         prompt_lookup_tokens=4,
         cache_salt="s",
@@ -185,6 +188,7 @@ def test_every_option_reaches_its_field(server: FakeServer, client: Client) -> N
     assert request.output.echo
     assert request.output.HasField("logprobs")
     assert request.output.logprobs == 0
+    assert request.constraint.regex == "a+"
     assert (request.deterministic, request.prompt_lookup_tokens) == (True, 4)
     assert (request.cache_salt, request.request_id) == ("s", "r")
 
@@ -197,6 +201,43 @@ def test_what_is_not_given_is_not_set(server: FakeServer, client: Client) -> Non
     assert request.sampling.ListFields() == []
     assert request.output.ListFields() == []
     assert request.stopping.ListFields() == []
+    assert not request.HasField("constraint")
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "value"),
+    [
+        ({"json_schema": {"type": "string", "title": "é"}}, "json_schema", None),
+        ({"json_schema": "true"}, "json_schema", "true"),
+        ({"regex": ""}, "regex", ""),
+        ({"grammar": 'start: "a"'}, "grammar", 'start: "a"'),
+        ({"choice": ("a", "b")}, "choice", Choice(options=["a", "b"])),
+    ],
+)
+def test_each_constraint_reaches_its_field(
+    server: FakeServer, client: Client, given: dict[str, Any], field: str, value: Any
+) -> None:
+    server.on["Generate"] = lambda *_: events()
+    client.generate("m", "", **given).text()
+    (request,) = server.requests("Generate")
+    assert request.constraint.WhichOneof("kind") == field
+    sent = getattr(request.constraint, field)
+    assert json.loads(sent) == given[field] if value is None else sent == value
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"regex": "a", "choice": ["a"]},
+        {"choice": "a"},
+        {"json_schema": {"minimum": float("nan")}},
+    ],
+)
+def test_a_constraint_that_makes_no_sense_is_a_value_error(
+    client: Client, given: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"give one of|list of strings|JSON compliant"):
+        client.generate("m", "", **given)
 
 
 @pytest.mark.parametrize(
