@@ -262,7 +262,7 @@ def test_a_conflict_is_an_error_of_the_request(client: Client) -> None:
 
 
 def test_what_the_model_has_no_tokens_for_is_refused(client: Client) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"constraint.choice: the model has no tokens"):
+    with pytest.raises(InvalidArgumentError, match=r"constraint.choice: .*(no tokens|can write)"):
         run(client, choice=["\x13"])
 
 

@@ -157,7 +157,7 @@ def _source(grammar: Grammar) -> str:
 def _tidy(message: str) -> str:
     """Return the library's message in one short line; of a bad pattern, where it is bad."""
     if message.startswith("NoExtension"):
-        return "no text satisfies it"
+        return "no text satisfies it that the model can write"
     if "doesn't satisfy the grammar" in message:
         # Where one text is left the library allows its tokens unseen.
         return "the model has no tokens for the text that it demands"
