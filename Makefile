@@ -105,7 +105,7 @@ interop: .interop/gptqmodel/.ready .interop/vllm/.ready ## Load artefacts in tra
 
 .interop/openvino/.ready: $(READY)
 	$(PYTHON) -m venv .interop/openvino
-	$(BIN)/uv pip install -q -p .interop/openvino openvino-genai==2026.4.0.0
+	$(BIN)/uv pip install -q -p .interop/openvino openvino-genai==2026.4.0.0 openvino==2026.4.0
 	@touch $@
 
 lock: $(READY) ## Pin the newest versions that pyproject.toml allows
