@@ -112,6 +112,7 @@ lock: $(READY) ## Pin the newest versions that pyproject.toml allows
 	$(BIN)/uv pip compile -q --upgrade pyproject.toml --group dev --generate-hashes \
 		--no-emit-index-url --no-header --no-emit-package lowbit -o requirements.txt
 	$(BIN)/uv pip compile -q --upgrade pyproject.toml --extra gptqmodel --generate-hashes \
+		-c requirements.txt \
 		--no-emit-index-url --no-header --no-emit-package lowbit -o tests/interop/gptqmodel.txt
 
 clean: ## Remove what the commands made
