@@ -31,14 +31,14 @@ _BITSANDBYTES_BYTES = 80 << 20
 _CALIBRATION_BYTES = 105 << 20
 # Read through the page cache, written, synced and hashed; and read alone.
 _WRITE_BYTES_PER_S = 400e6
-_READ_BYTES_PER_S = 1e9
+_READ_BYTES_PER_S = 1.5e9
 # A load, without what depends on its size; schemes whose kernels want another layout are
 # laid out anew.
 _LOAD_S = 0.1
 _PACK_BYTES_PER_S = 170e6
 _PACKED = {"bnb_4bit", "rtn", "gptq", "awq"}
 # How many copies of the weights in float32 take as long as rounding them.
-_PASSES = {"float": 2, "int8": 70, "bnb_4bit": 140, "rtn": 150, "gptq": 150, "awq": 800}
+_PASSES = {"float": 2, "int8": 70, "bnb_4bit": 140, "rtn": 90, "gptq": 150, "awq": 800}
 # Of the columns of all linear layers, the share whose inputs are not those of another one:
 # query, key and value share theirs, as do gate and up.
 _DISTINCT_INPUTS = 4 / 7
