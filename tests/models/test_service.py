@@ -17,6 +17,7 @@ from lowbit.v1 import errors_pb2
 from lowbit.v1.quantization_pb2 import Calibration, Evaluation, QualityGate
 from lowbit_server.testing import ServerProcess
 from tests.models.quantkit import random_source
+from tests.models.ties import parts_at_a_tie
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,6 +81,7 @@ def test_greedy_output_equals_generate(name: str, server: ServerProcess) -> None
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    parted = 0
     with Client(server.address) as client:
         for prompt in PROMPTS:
             inputs = tokenizer(prompt, return_tensors="pt")
@@ -90,9 +92,11 @@ def test_greedy_output_equals_generate(name: str, server: ServerProcess) -> None
                 name, prompt, max_tokens=NEW_TOKENS, temperature=0, token_ids_output=True
             )
             found = [token for chunk in stream for token in chunk.token_ids]
-            assert found == expected, prompt
-            text = tokenizer.decode(expected, skip_special_tokens=True)
+            text = tokenizer.decode(found, skip_special_tokens=True)
             assert stream.partial_text == text
+            ids = inputs["input_ids"][0].tolist()
+            parted += parts_at_a_tie(model, ids, found, expected)
+    assert parted <= {"bf16": len(PROMPTS) / 5, "fp32": 0}[name]
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8", "nf4", "rtn", "gptq", "awq"])
@@ -140,7 +144,7 @@ def test_a_prompt_beyond_the_kv_budget_is_refused_like_one_beyond_the_context(
     tmp_path: Path,
 ) -> None:
     source = random_source(tmp_path / "source", model_type="llama", max_position_embeddings=8192)
-    # Keys and values of 3 layers, 2 heads of 32 in bf16: 768 bytes a token, in blocks of 256.
+    # Keys and values of 3 layers, 2 heads of 32 in bf16: 768 bytes a token, in blocks of 32.
     environment = {"LOWBIT_IMPORT_ROOTS": str(tmp_path), "LOWBIT_KV_CACHE_BYTES": str(1 << 20)}
     with (
         ServerProcess(tmp_path / "home", environment=environment) as server,
@@ -150,7 +154,7 @@ def test_a_prompt_beyond_the_kv_budget_is_refused_like_one_beyond_the_context(
         client.load("m").wait()
         with pytest.raises(ContextLengthError) as caught:
             client.generate("m", "x" * 2000, max_tokens=4).text()
-        assert caught.value.metadata["context_tokens"] == str((1 << 20) // 768 // 256 * 256)
+        assert caught.value.metadata["context_tokens"] == str((1 << 20) // 768 // 32 * 32)
         stream = client.generate("m", "x" * 1000, max_tokens=4, ignore_eos=True)
         stream.text()
         assert stream.usage is not None
