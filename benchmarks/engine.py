@@ -171,7 +171,7 @@ def table(results: dict[str, dict[str, dict[str, float]]], kl: dict[str, str]) -
             system,
             *(f"{by_cell[name]['tokens/s']:.0f}" for name in names),
             f"{gaps.get('gap p50 ms', 0):.1f} / {gaps.get('gap p99 ms', 0):.1f}",
-            f"{found['peak_bytes'] / 2**20:.0f}",
+            "-" if system.endswith("served") else f"{found['peak_bytes'] / 2**20:.0f}",
             kl[system],
         )
     return result

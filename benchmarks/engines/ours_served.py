@@ -39,12 +39,8 @@ def main() -> None:
                 client.load(name).wait()
             return lambda prompts, tokens: asyncio.run(_run(server.address, name, prompts, tokens))
 
-        def end() -> None:
-            server.signal()  # it waits for its workers, whose memory counts
-            server.wait()
-
         server = ServerProcess(Path(home))
-        protocol.main(make, end)
+        protocol.main(make, server.kill)
 
 
 _runs = itertools.count()
