@@ -141,28 +141,22 @@ static ALWAYS_INLINE void attend(const struct batch *batch, const struct layer *
             store(layer->out, to + head * size + i, sums[head][i] / total[head], bf16);
 }
 
-MULTIVERSION static void keep_bf16(const struct batch *batch, const struct layer *layer,
-                                   int64_t token, int64_t group)
-{
-    keep(batch, layer, token, group, 1);
-}
-
-MULTIVERSION static void keep_f32(const struct batch *batch, const struct layer *layer,
+MULTIVERSION static void keep_any(const struct batch *batch, const struct layer *layer,
                                   int64_t token, int64_t group)
 {
-    keep(batch, layer, token, group, 0);
+    if (batch->is_bf16)
+        keep(batch, layer, token, group, 1);
+    else
+        keep(batch, layer, token, group, 0);
 }
 
-MULTIVERSION static void attend_bf16(const struct batch *batch, const struct layer *layer,
-                                     int64_t token, int64_t group)
-{
-    attend(batch, layer, token, group, 1);
-}
-
-MULTIVERSION static void attend_f32(const struct batch *batch, const struct layer *layer,
+MULTIVERSION static void attend_any(const struct batch *batch, const struct layer *layer,
                                     int64_t token, int64_t group)
 {
-    attend(batch, layer, token, group, 0);
+    if (batch->is_bf16)
+        attend(batch, layer, token, group, 1);
+    else
+        attend(batch, layer, token, group, 0);
 }
 
 void lowbit_attend(const struct batch *batch, const struct layer *layer)
@@ -173,9 +167,9 @@ void lowbit_attend(const struct batch *batch, const struct layer *layer)
         /* All keys first: several tokens may be of one sequence. */
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++)
-            (batch->is_bf16 ? keep_bf16 : keep_f32)(batch, layer, task / groups, task % groups);
+            keep_any(batch, layer, task / groups, task % groups);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++)
-            (batch->is_bf16 ? attend_bf16 : attend_f32)(batch, layer, task / groups, task % groups);
+            attend_any(batch, layer, task / groups, task % groups);
     }
 }

@@ -13,7 +13,7 @@ from lowbit_server import kernels
 if TYPE_CHECKING:
     from torch import Tensor
 
-DTYPES = (torch.bfloat16, torch.float32)
+_DTYPES = (torch.bfloat16, torch.float32)
 # What the kernel keeps on the stack; as in attention.c.
 _MAX_SIZE, _MAX_SHARING = 256, 16
 
@@ -56,7 +56,7 @@ class BlockAttention:
         cosine, sine = angles
         heads, groups, size = shape
         has_room = size <= _MAX_SIZE and size % 2 == 0 and heads <= _MAX_SHARING * groups
-        known = cosine.dtype in DTYPES and cosine.device.type == "cpu"
+        known = cosine.dtype in _DTYPES and cosine.device.type == "cpu"
         if library is None or not has_room or not known:
             raise NotImplementedError
         self._call = library.lowbit_attend

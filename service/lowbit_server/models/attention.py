@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from lowbit_server.kernels.attention import BlockAttention
-from lowbit_server.models.blocks import Rows, rectangles
+from lowbit_server.models.blocks import Rows, block_table, rectangles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,9 +81,7 @@ def _kernel(
     if any(not span.start or len(span.tokens) > _NARROW_TOKENS for span in spans):
         return None
     rows = [row for row, span in enumerate(spans) for _ in span.tokens]
-    longest = max(len(span.blocks) for span in spans)
-    tables = [[*span.blocks, *(0,) * (longest - len(span.blocks))] for span in spans]
-    places = positions, torch.tensor(rows), torch.tensor(tables)
+    places = positions, torch.tensor(rows), block_table(spans, positions.device)
     try:
         return BlockAttention(places, angles, (shape.heads, shape.kv_heads, shape.head_size))
     except NotImplementedError:

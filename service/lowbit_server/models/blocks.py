@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def block_table(spans: Sequence[Span], device: torch.device) -> Tensor:
+    """Return the block numbers of each span, int64 (spans, blocks of the longest).
+
+    Behind the end of a shorter one stands any block: what it holds is not to be seen.
+    """
+    count = max(blocks_of(span.start + len(span.tokens)) for span in spans)
+    tables = [[*span.blocks[:count], *(0,) * (count - len(span.blocks))] for span in spans]
+    return torch.tensor(tables, device=device)
+
+
 class Rows:
     """Spans of equal width as the rows of one rectangle: several of one token, or any one."""
 
@@ -27,10 +37,7 @@ class Rows:
         self.end = self.longest + self.width
         self.starts = torch.tensor(starts, device=device)
         self.positions = self.starts[:, None] + torch.arange(self.width, device=device)
-        # Shorter rows see blocks of any sequence behind their ends, where they are masked.
-        count = blocks_of(self.end)
-        tables = [[*span.blocks[:count], *(0,) * (count - len(span.blocks))] for span in spans]
-        self.table = torch.tensor(tables, device=device)
+        self.table = block_table(spans, device)
         self._blocks = self.table.gather(1, self.positions // BLOCK_TOKENS).view(-1)
         self._offsets = self.positions.view(-1) % BLOCK_TOKENS
 
