@@ -10,6 +10,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 KERNELS = "service/lowbit_server/kernels"
 LIBRARY = f"{KERNELS}/kernels.so"
+# Without traps and errno loops with choices and roots become vectors; no bit changes.
+FLAGS = ("-O3", "-fno-trapping-math", "-fno-math-errno", "-fopenmp", "-fPIC")
 
 
 class CustomBuildHook(BuildHookInterface[Any]):
@@ -23,7 +25,7 @@ class CustomBuildHook(BuildHookInterface[Any]):
         library.unlink(missing_ok=True)
         try:
             for file in objects:
-                self._cc("-O3", "-fopenmp", "-fPIC", "-c", file.with_suffix(".c"), "-o", file)
+                self._cc(*FLAGS, "-c", file.with_suffix(".c"), "-o", file)
             # Without -fopenmp: a second runtime beside torch's would fight for the cores.
             self._cc("-shared", *objects, "-o", library)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -3,30 +3,10 @@
    Gimelshein 2018). Each head of each token is computed by itself, in one order: who else is
    in the batch, and the number of threads, change no bit. */
 
+#include "attention.h"
 #include "numbers.h"
 
 #include <math.h>
-
-/* What `kernels/attention.py` lets through. */
-enum { BLOCK_TOKENS = 32, MAX_SIZE = 256, MAX_SHARING = 16 };
-
-/* What all layers share in one forward pass; `kernels/attention.py` has the same fields. */
-struct batch {
-    int64_t tokens, heads, groups, size, table_blocks, is_bf16, threads;
-    const int64_t *positions; /* (tokens) in their sequences */
-    const int64_t *rows;      /* (tokens) which table is theirs */
-    const int64_t *tables;    /* (rows, table_blocks) */
-    const void *cosine, *sine; /* (tokens, size) */
-};
-
-/* One layer: heads (tokens, heads + groups, size) of queries and keys and (tokens, groups, size)
-   of values, strides in elements between tokens; pools (blocks, groups, BLOCK_TOKENS, size). */
-struct layer {
-    const void *turned, *values;
-    int64_t turned_stride, values_stride;
-    void *key_pool, *value_pool, *out;
-    int64_t window, rotary; /* a window of 0 sees everything */
-};
 
 /* Turns one head to the angle of its token, rounded as the products and sums of tensors are. */
 static ALWAYS_INLINE void turn(const struct batch *batch, const struct layer *layer,
@@ -73,67 +53,87 @@ static ALWAYS_INLINE void keep(const struct batch *batch, const struct layer *la
     }
 }
 
+/* Numbers of one block as float32. */
+static ALWAYS_INLINE void widen(const void *pool, int64_t place, int64_t count, int bf16,
+                                float *restrict out)
+{
+    for (int64_t i = 0; i < count; i++)
+        out[i] = load(pool, place + i, bf16);
+}
+
+static ALWAYS_INLINE float dot(const float *restrict one, const float *restrict other,
+                               int64_t size)
+{
+    float lanes[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES)
+        for (int64_t lane = 0; lane < LANES; lane++)
+            lanes[lane] += one[i + lane] * other[i + lane];
+    for (int64_t lane = 0; i + lane < size; lane++)
+        lanes[lane] += one[i + lane] * other[i + lane];
+    for (int64_t half = LANES / 2; half; half /= 2)
+        for (int64_t lane = 0; lane < half; lane++)
+            lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
+/* Weighs the scores of one head for some keys by the softmax so far; returns by how much what
+   was found before must shrink. */
+static ALWAYS_INLINE float weigh(float *scores, int64_t count, float *most, float *total)
+{
+    float greatest = *most, sum = 0, shrink;
+    for (int64_t seen = 0; seen < count; seen++)
+        greatest = scores[seen] > greatest ? scores[seen] : greatest;
+    shrink = exponential(*most - greatest);
+    for (int64_t seen = 0; seen < count; seen++)
+        scores[seen] = exponential(scores[seen] - greatest);
+    for (int64_t seen = 0; seen < count; seen++)
+        sum += scores[seen];
+    *most = greatest;
+    *total = *total * shrink + sum;
+    return shrink;
+}
+
 /* What the queries of one token that share keys find: the next `sharing` heads. */
 static ALWAYS_INLINE void attend(const struct batch *batch, const struct layer *layer,
-                                 int64_t token, int64_t group, int bf16)
+                                 int64_t token, int64_t group, int bf16, int64_t size)
 {
-    int64_t size = batch->size, sharing = batch->heads / batch->groups;
+    int64_t sharing = batch->heads / batch->groups;
     int64_t last = batch->positions[token], first = 0;
     float query[MAX_SHARING][MAX_SIZE], sums[MAX_SHARING][MAX_SIZE];
-    float most[MAX_SHARING], total[MAX_SHARING], weights[MAX_SHARING][BLOCK_TOKENS];
-    float one[MAX_SIZE], scale = 1.0f / sqrtf((float)size);
+    float most[MAX_SHARING], total[MAX_SHARING], weights[BLOCK_TOKENS];
+    float keys[BLOCK_TOKENS * MAX_SIZE], values[BLOCK_TOKENS * MAX_SIZE];
+    float scale = 1.0f / sqrtf((float)size);
     if (layer->window && last >= layer->window)
         first = last - layer->window + 1;
     for (int64_t head = 0; head < sharing; head++) {
         turn(batch, layer, token, group * sharing + head, bf16, query[head]);
-        most[head] = -INFINITY;
+        most[head] = -1e30f;
         total[head] = 0;
         for (int64_t i = 0; i < size; i++) {
             query[head][i] *= scale;
             sums[head][i] = 0;
         }
     }
-    for (int64_t start = first; start <= last;) {
+    for (int64_t start = first, count; start <= last; start += count) {
         int64_t end = (start / BLOCK_TOKENS + 1) * BLOCK_TOKENS;
-        int64_t count = (end <= last + 1 ? end : last + 1) - start;
         int64_t place = slot(batch, token, group, start);
-        for (int64_t seen = 0; seen < count; seen++) {
-            for (int64_t i = 0; i < size; i++)
-                one[i] = load(layer->key_pool, place + seen * size + i, bf16);
-            for (int64_t head = 0; head < sharing; head++) {
-                float score = 0;
-#pragma omp simd reduction(+ : score)
-                for (int64_t i = 0; i < size; i++)
-                    score += query[head][i] * one[i];
-                weights[head][seen] = score;
-            }
-        }
+        count = (end <= last + 1 ? end : last + 1) - start;
+        widen(layer->key_pool, place, count * size, bf16, keys);
+        widen(layer->value_pool, place, count * size, bf16, values);
         for (int64_t head = 0; head < sharing; head++) {
-            float greatest = most[head], sum = 0, shrink;
-#pragma omp simd reduction(max : greatest)
+            float shrink, sum[MAX_SIZE];
             for (int64_t seen = 0; seen < count; seen++)
-                greatest = weights[head][seen] > greatest ? weights[head][seen] : greatest;
-            shrink = exponential(most[head] - greatest);
-            most[head] = greatest;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t seen = 0; seen < count; seen++) {
-                weights[head][seen] = exponential(weights[head][seen] - greatest);
-                sum += weights[head][seen];
-            }
-            total[head] = total[head] * shrink + sum;
+                weights[seen] = dot(query[head], keys + seen * size, size);
+            shrink = weigh(weights, count, most + head, total + head);
             for (int64_t i = 0; i < size; i++)
-                sums[head][i] *= shrink;
-        }
-        for (int64_t seen = 0; seen < count; seen++) {
-            for (int64_t i = 0; i < size; i++)
-                one[i] = load(layer->value_pool, place + seen * size + i, bf16);
-            for (int64_t head = 0; head < sharing; head++) {
-                float weight = weights[head][seen];
+                sum[i] = sums[head][i] * shrink;
+            for (int64_t seen = 0; seen < count; seen++)
                 for (int64_t i = 0; i < size; i++)
-                    sums[head][i] += weight * one[i];
-            }
+                    sum[i] += weights[seen] * values[seen * size + i];
+            for (int64_t i = 0; i < size; i++)
+                sums[head][i] = sum[i];
         }
-        start += count;
     }
     int64_t to = (token * batch->heads + group * sharing) * size;
     for (int64_t head = 0; head < sharing; head++)
@@ -141,8 +141,20 @@ static ALWAYS_INLINE void attend(const struct batch *batch, const struct layer *
             store(layer->out, to + head * size + i, sums[head][i] / total[head], bf16);
 }
 
-MULTIVERSION static void keep_any(const struct batch *batch, const struct layer *layer,
-                                  int64_t token, int64_t group)
+/* With the usual sizes of heads as constants. */
+static ALWAYS_INLINE void attend_sized(const struct batch *batch, const struct layer *layer,
+                                       int64_t token, int64_t group, int bf16)
+{
+    if (batch->size == 64)
+        attend(batch, layer, token, group, bf16, 64);
+    else if (batch->size == 128)
+        attend(batch, layer, token, group, bf16, 128);
+    else
+        attend(batch, layer, token, group, bf16, batch->size);
+}
+
+MULTIVERSION void lowbit_keep(const struct batch *batch, const struct layer *layer,
+                              int64_t token, int64_t group)
 {
     if (batch->is_bf16)
         keep(batch, layer, token, group, 1);
@@ -150,13 +162,13 @@ MULTIVERSION static void keep_any(const struct batch *batch, const struct layer 
         keep(batch, layer, token, group, 0);
 }
 
-MULTIVERSION static void attend_any(const struct batch *batch, const struct layer *layer,
-                                    int64_t token, int64_t group)
+MULTIVERSION void lowbit_find(const struct batch *batch, const struct layer *layer,
+                              int64_t token, int64_t group)
 {
     if (batch->is_bf16)
-        attend(batch, layer, token, group, 1);
+        attend_sized(batch, layer, token, group, 1);
     else
-        attend(batch, layer, token, group, 0);
+        attend_sized(batch, layer, token, group, 0);
 }
 
 void lowbit_attend(const struct batch *batch, const struct layer *layer)
@@ -167,9 +179,9 @@ void lowbit_attend(const struct batch *batch, const struct layer *layer)
         /* All keys first: several tokens may be of one sequence. */
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < tasks; task++)
-            keep_any(batch, layer, task / groups, task % groups);
+            lowbit_keep(batch, layer, task / groups, task % groups);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++)
-            attend_any(batch, layer, task / groups, task % groups);
+            lowbit_find(batch, layer, task / groups, task % groups);
     }
 }

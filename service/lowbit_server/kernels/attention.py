@@ -61,7 +61,7 @@ class BlockAttention:
             raise NotImplementedError
         self._call = library.lowbit_attend
         self._alive = (*places, *angles)
-        self._batch = _Batch(
+        self.structure = _Batch(
             len(positions),
             heads,
             groups,
@@ -87,7 +87,7 @@ class BlockAttention:
         size), values are (tokens, KV heads, size); `cache` has keys and values (blocks, KV
         heads, BLOCK_TOKENS, size). All heads of a token are contiguous.
         """
-        batch = self._batch
+        batch = self.structure
         out = turned.new_empty(batch.tokens, batch.heads * batch.size)
         layer = _Layer(
             turned.data_ptr(),

@@ -15,6 +15,8 @@
 #define MULTIVERSION
 #endif
 
+enum { LANES = 16 }; /* float32 in the longest vector */
+
 static ALWAYS_INLINE float from_bits(uint32_t bits)
 {
     float number;
@@ -32,9 +34,9 @@ static ALWAYS_INLINE uint32_t to_bits(float number)
 /* The upper half of a float32 that is nearest, ties to even; NaN stays NaN. */
 static ALWAYS_INLINE uint16_t to_bf16(float number)
 {
-    uint32_t bits = to_bits(number);
-    uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (uint16_t)(number == number ? nearest : bits >> 16 | 0x40);
+    uint32_t bits = to_bits(number), quiet = bits | 0x400000;
+    uint32_t nearest = bits + 0x7fff + (bits >> 16 & 1);
+    return (uint16_t)(((bits & 0x7fffffff) > 0x7f800000 ? quiet : nearest) >> 16);
 }
 
 static ALWAYS_INLINE float load(const void *tensor, int64_t index, int bf16)
@@ -58,11 +60,13 @@ static ALWAYS_INLINE float rounded(float number, int bf16)
     return bf16 ? from_bits((uint32_t)to_bf16(number) << 16) : number;
 }
 
-/* e^x for x <= 0 within 2 units in the last place; 0 below -87. 2^n by its bits, the rest by
-   the Taylor series of degree 6 on [-ln 2 / 2, ln 2 / 2]. */
+/* e^x for finite x <= 0 within 2 units in the last place, no less than e^-87; else NaN. 2^n by its
+   bits, the rest by the Taylor series of degree 6 on [-ln 2 / 2, ln 2 / 2]. */
 static ALWAYS_INLINE float exponential(float x)
 {
-    float bounded = x > -87.0f ? x : -87.0f;
+    /* As integers, since compilers make a branch of a bound on floats. */
+    uint32_t bits = to_bits(x), least = 0xc2ae0000; /* -87 */
+    float bounded = from_bits(bits < least ? bits : least);
     float n = (float)(int32_t)(bounded * 1.44269504f - 0.5f);
     float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
     float power = 1.0f / 720;
@@ -72,8 +76,7 @@ static ALWAYS_INLINE float exponential(float x)
     power = power * r + 0.5f;
     power = power * r + 1.0f;
     power = power * r + 1.0f;
-    power *= from_bits((uint32_t)((int32_t)n + 127) << 23);
-    return x > -87.0f ? power : x == x ? 0.0f : x;
+    return power * from_bits((uint32_t)((int32_t)n + 127) << 23) + 0.0f * x;
 }
 
 #endif

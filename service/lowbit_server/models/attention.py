@@ -35,8 +35,8 @@ class Attention:
         places = torch.tensor(positions, device=device)
         self._angles = shape.rope.table(places, dtype)
         self._parts: list[_Part] = []
-        self._kernel = _kernel(spans, places, self._angles, shape)
-        if self._kernel is None:
+        self.kernel = _kernel(spans, places, self._angles, shape)
+        if self.kernel is None:
             self._parts = [_Part(rows, dtype) for rows in rectangles(spans, device)]
 
     def attend(
@@ -54,8 +54,8 @@ class Attention:
         size), values are (tokens, KV heads, size); `cache` has keys and values (blocks, KV
         heads, BLOCK_TOKENS, size).
         """
-        if self._kernel is not None:
-            return self._kernel.attend(turned, value, cache, window=window, rotary=rotary)
+        if self.kernel is not None:
+            return self.kernel.attend(turned, value, cache, window=window, rotary=rotary)
         if rotary:
             turned = self._turn(turned)
         new = turned[:, : self._heads], turned[:, self._heads :], value

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from lowbit_server.models.bnb4bit import Bnb4BitWeight
 from lowbit_server.models.grouped_loading import IGNORED, is_grouped, read_grouped
-from lowbit_server.models.linears import Int8Weight, Weight, linear
+from lowbit_server.models.linears import linear
+from lowbit_server.models.weights import Bnb4BitWeight, Int8Weight, Weight
 from lowbit_server.quant.foreign import foreign_scheme
 from lowbit_server.store.sources import shards
 from lowbit_server.store.tensors import ALIGNMENT_BYTES, TensorReader

@@ -2,7 +2,8 @@
 
 A step of a small model is bound by what happens between its products. Queries, keys and
 values are one product here, and so are gate and up; new keys go straight into the engine's
-KV cache. `models.transformers` computes the same with the library's modules.
+KV cache. Where all products have kernels, all layers of a step are one call (ADR 0014).
+`models.transformers` computes the same with the library's modules.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowbit_server.kernels.decoder import Decoder, DecoderLayer
 from lowbit_server.models.attention import Attention
 from lowbit_server.models.checkpoint import EMBEDDING
 from lowbit_server.models.decoder import LayerShape, ModelSpec
-from lowbit_server.models.linears import DenseLinear
+from lowbit_server.models.linears import linear
 from lowbit_server.models.measure import live_bytes
+from lowbit_server.models.products import ProductLinear
 
 if TYPE_CHECKING:
     from lowbit_server.models.architecture import Architecture
@@ -80,6 +83,24 @@ class FusedLayer(nn.Module):
         gate, up = gate_up(normalized(hidden, mlp_norm, self._epsilon)).chunk(2, dim=-1)
         hidden += down(functional.silu(gate).mul_(up))
 
+    def compiled(self) -> DecoderLayer | None:
+        """Return what the compiled decoder needs, None when it has no kernel for a product."""
+        products = [
+            one.product
+            for one in (self._qkv, self._output, self._gate_up, self._down)
+            if isinstance(one, ProductLinear) and one.order is None
+        ]
+        if len(products) < len(self._products):
+            return None
+        qkv, output, gate_up, down = products
+        return DecoderLayer(
+            products=(qkv, output, gate_up, down),
+            norms=(self._norm, self._mlp_norm),
+            head_norms=self._head_norms,
+            window=self._window,
+            rotary=self._rotary,
+        )
+
     @staticmethod
     def _read_head_norms(
         shape: Architecture, checkpoint: Checkpoint, attention: str
@@ -103,16 +124,18 @@ class FusedModel(nn.Module):
         super().__init__()
         self._shape, self._epsilon = shape, shape.norm_epsilon
         self._embedding = nn.Buffer(checkpoint.tensor(EMBEDDING, shape.vocab_size, shape.hidden))
-        self._layers = nn.ModuleList(
-            FusedLayer(shape, checkpoint, number) for number in range(shape.layers)
-        )
+        layers = [FusedLayer(shape, checkpoint, number) for number in range(shape.layers)]
+        self._layers = nn.ModuleList(layers)
         self._norm = nn.Buffer(checkpoint.tensor("model.norm.weight", shape.hidden))
         if shape.tied:
             checkpoint.left.discard(f"{_HEAD}.weight")
-            self._head: nn.Module = DenseLinear(self._embedding, None)
+            self._head: nn.Module = linear([self._embedding], None, self._embedding.dtype)
         else:
             self._head = checkpoint.linear({_HEAD: shape.vocab_size}, shape.hidden)
         checkpoint.check_finished()
+        compiled = [found for one in layers if (found := one.compiled()) is not None]
+        can = len(compiled) == shape.layers and self._embedding.dtype is torch.bfloat16
+        self._compiled = Decoder(compiled, self._epsilon) if can else None
         self.spec = ModelSpec(
             layers=(LayerShape(shape.kv_heads, shape.head_size, shape.head_size),) * shape.layers,
             dtype=self._embedding.dtype,
@@ -133,8 +156,11 @@ class FusedModel(nn.Module):
         ids = torch.tensor([token for one in spans for token in one.tokens], device=spec.device)
         hidden = functional.embedding(ids, self._embedding)
         attention = Attention(spans, self._shape, spec.dtype)
-        for layer, *cache in zip(self._layers, batch.keys, batch.values, strict=True):
-            layer.forward(hidden, attention, cache)
+        if self._compiled is not None and attention.kernel is not None:
+            self._compiled.add(hidden, attention.kernel, batch.keys, batch.values)
+        else:
+            for layer, *cache in zip(self._layers, batch.keys, batch.values, strict=True):
+                layer.forward(hidden, attention, cache)
         wanted = [
             end - left
             for one, end in zip(spans, accumulate(len(one.tokens) for one in spans), strict=True)

@@ -6,7 +6,7 @@ torch's own int4 kernel does them directly (docs/adr/0008).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from lowbit_server.models import nibbles
 
 if TYPE_CHECKING:
-    from lowbit_server.quant.awq_packing import AwqLinear
-    from lowbit_server.quant.packing import PackedLinear
-
-    GroupedWeight: TypeAlias = PackedLinear | AwqLinear
+    from lowbit_server.models.weights import GroupedWeight
 
 PACKED_ROWS = 96
 """Up to this many rows the int4 kernel beats a dense product of the dequantized weight."""

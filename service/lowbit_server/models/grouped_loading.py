@@ -9,7 +9,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from lowbit_server.models.grouped import grouped_layer
+from lowbit_server.models.linears import linear
 from lowbit_server.quant.awq_packing import AwqLinear
 from lowbit_server.quant.foreign import foreign_scheme, grouped_bits
 from lowbit_server.quant.packing import PackedLinear
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from lowbit_server.models.grouped import GroupedWeight
+    from lowbit_server.models.weights import GroupedWeight
 
 _PACKED = ".qweight"
 IGNORED = "rotary_emb.inv_freq"
@@ -88,16 +88,16 @@ def _place_layers(
     for name in [key.removesuffix(_PACKED) for key in reader.entries if key.endswith(_PACKED)]:
         layer = read_grouped(name, quantization, read)
         try:
-            linear = model.get_submodule(name)
+            module = model.get_submodule(name)
         except AttributeError as error:
             raise ValueError(f"the architecture has no layer {name}") from error
-        if not isinstance(linear, nn.Linear):
+        if not isinstance(module, nn.Linear):
             raise ValueError(f"{name} is no linear layer")  # noqa: TRY004  (the file is wrong)
-        layer.check(name, linear.out_features, linear.in_features)
+        layer.check(name, module.out_features, module.in_features)
         bias = read(f"{name}.bias") if f"{name}.bias" in names else None
-        if bias is None and linear.bias is not None:
+        if bias is None and module.bias is not None:
             raise ValueError(f"the checkpoint has no {name}.bias")
-        model.set_submodule(name, grouped_layer(layer, bias, dtype))
+        model.set_submodule(name, linear([layer], None if bias is None else [bias], dtype))
     return {name: read(name) for name in sorted(names) if not name.endswith(IGNORED)}
 
 

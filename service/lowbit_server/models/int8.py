@@ -7,14 +7,17 @@ activations unquantized is closer to the source model than LLM.int8 itself (docs
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+if TYPE_CHECKING:
+    from lowbit_server.models.weights import Int8Weight
+
 PACKED_ROWS = 16
 """Up to this many rows the packed kernel beats a dense product of unpacked weights."""
-LARGEST_CODE = 127
-"""The code of each row's largest magnitude (Dettmers et al. 2022, section 3)."""
 
 
 class Int8Linear(nn.Module):
@@ -24,15 +27,13 @@ class Int8Linear(nn.Module):
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, codes: Tensor, largest: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> None:
-        """Take bitsandbytes' codes and each row's largest magnitude, float32 (out)."""
+    def __init__(self, weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        """Take a weight, its bias and the model's dtype."""
         super().__init__()
         # A copy begins in line; in a mapped file of others codes may begin anywhere, and
         # the packed kernel crashes on that.
-        self.register_buffer("codes", codes.clone())
-        self.register_buffer("scales", (largest / LARGEST_CODE).to(dtype))
+        self.register_buffer("codes", weight.codes.clone())
+        self.register_buffer("scales", weight.scales().to(dtype))
         self.register_buffer("bias", bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -45,14 +46,3 @@ class Int8Linear(nn.Module):
         if self.bias is not None:
             product += self.bias
         return product.reshape(*inputs.shape[:-1], -1)
-
-
-def use_int8_kernels(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace the LLM.int8 layers of a model that lies on a CPU, in place."""
-    from bitsandbytes.nn import Linear8bitLt  # noqa: PLC0415  (slow, and rarely needed)
-
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, Linear8bitLt):
-            weight = layer.weight
-            largest = layer.state.SCB if weight.SCB is None else weight.SCB
-            model.set_submodule(name, Int8Linear(weight.data, largest, layer.bias, dtype))

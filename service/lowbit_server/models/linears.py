@@ -6,39 +6,23 @@ rows takes less time than several of few.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowbit_server.models.bnb4bit import Bnb4BitLinear, Bnb4BitWeight
 from lowbit_server.models.grouped import grouped_layer
 from lowbit_server.models.int8 import Int8Linear
+from lowbit_server.models.products import product_linear
+from lowbit_server.models.weights import Bnb4BitWeight, Int8Weight
 from lowbit_server.quant.awq_packing import AwqLinear
 from lowbit_server.quant.packing import PackedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Weight: TypeAlias = "Tensor | Int8Weight | Bnb4BitWeight | PackedLinear | AwqLinear"
-
-
-@dataclass(frozen=True, slots=True)
-class Int8Weight:
-    """Rows of 8-bit codes, as bitsandbytes stores them."""
-
-    codes: Tensor
-    """int8 (out, in)."""
-    largest: Tensor
-    """Each row's largest magnitude, float32 (out)."""
-
-    @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
-        """Return weights of the same input as one."""
-        codes = torch.cat([one.codes for one in parts])
-        return cls(codes, torch.cat([one.largest for one in parts]))
+    from lowbit_server.models.weights import Weight
 
 
 class DenseLinear(nn.Module):
@@ -81,15 +65,18 @@ def linear(
         each = zip(weights, parts, strict=True)
         return SideBySide([linear([weight], part, dtype) for weight, part in each])
     bias = torch.cat(list(biases)) if biases else None
+    product = product_linear(whole, bias, dtype)
+    if product is not None:
+        return product
     match whole:
         case Tensor():
             return DenseLinear(whole, bias)
         case Int8Weight():
-            return Int8Linear(whole.codes, whole.largest, bias, dtype)
-        case Bnb4BitWeight():
-            return Bnb4BitLinear(whole, bias)
+            return Int8Linear(whole, bias, dtype)
         case PackedLinear() | AwqLinear():
             return grouped_layer(whole, bias, dtype)
+        case Bnb4BitWeight():
+            return DenseLinear(whole.dequantized(dtype), bias)
 
 
 def _joined(weights: Sequence[Any]) -> Weight | None:

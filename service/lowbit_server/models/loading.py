@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import transformers
 
-from lowbit_server.models import bnb4bit
+from lowbit_server.kernels import products
 from lowbit_server.models.architecture import architecture
 from lowbit_server.models.checkpoint import Checkpoint
 from lowbit_server.models.fused import FusedModel
@@ -43,4 +43,4 @@ def _has_kernels(config: PreTrainedConfig, device: str) -> bool:
         return True
     if quantization.get("load_in_8bit"):
         return device == "cpu"
-    return device == "cpu" and bnb4bit.has_kernel()
+    return device == "cpu" and products.are_there()

@@ -12,9 +12,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from lowbit_server.models.blocks import Rows, rectangles
 from lowbit_server.models.decoder import BLOCK_TOKENS, Batch, LayerShape, ModelSpec, Span
 from lowbit_server.models.grouped_loading import is_grouped, load_grouped
-from lowbit_server.models.int8 import use_int8_kernels
+from lowbit_server.models.linears import linear
 from lowbit_server.models.measure import live_bytes
 from lowbit_server.models.rows import register_masks, row_cache
+from lowbit_server.models.weights import Int8Weight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,8 +43,8 @@ def place(folder: Path, device: str) -> PreTrainedModel:
     """Load a model's safetensors onto a device, in the checkpoint's own dtype.
 
     On a CPU, fp16 becomes float32, since products in fp16 take several times as long as
-    those, and LLM.int8 gets kernels of its own (`models.int8`). Checkpoints in the layouts of
-    GPTQ and AWQ do not need gptqmodel (`models.grouped`). Never runs code from the folder and never
+    those, and LLM.int8 gets kernels of its own (docs/adr/0007). Checkpoints in the layouts of
+    GPTQ and AWQ do not need gptqmodel (`models.linears`). Never runs code from the folder and never
     asks the network. Raises OSError and ValueError for a bad folder, torch.OutOfMemoryError
     or MemoryError without room.
     """
@@ -63,9 +64,20 @@ def place(folder: Path, device: str) -> PreTrainedModel:
         **local,
     )
     if device == "cpu" and getattr(model, "is_loaded_in_8bit", False):
-        use_int8_kernels(model, model.dtype)
+        _use_int8_kernels(model)
     model.eval()
     return model
+
+
+def _use_int8_kernels(model: PreTrainedModel) -> None:
+    from bitsandbytes.nn import Linear8bitLt  # noqa: PLC0415  (slow, and rarely needed)
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Linear8bitLt):
+            largest = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+            weight = Int8Weight(layer.weight.data, largest)
+            biases = None if layer.bias is None else [layer.bias]
+            model.set_submodule(name, linear([weight], biases, model.dtype))
 
 
 class TransformersModel:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowbit_server.models.int8 import PACKED_ROWS, Int8Linear
+from lowbit_server.models.weights import Int8Weight
 
 
 @pytest.mark.parametrize("rows", [1, 2, PACKED_ROWS, PACKED_ROWS + 1, 200])
@@ -15,7 +16,7 @@ def test_it_is_the_product_with_the_unpacked_weight(rows: int, offset: int, *, b
     codes = memory[offset:].view(96, 64)  # as a mapped file may hold them
     largest, added = torch.rand(96), torch.randn(96, dtype=torch.bfloat16) if bias else None
     inputs = torch.randn(1, rows, 64, dtype=torch.bfloat16)
-    layer = Int8Linear(codes, largest, added, torch.bfloat16)
+    layer = Int8Linear(Int8Weight(codes, largest), added, torch.bfloat16)
     expected = inputs.double() @ (codes.double() * largest.double()[:, None] / 127).T
     size = expected.abs()
     if added is not None:
