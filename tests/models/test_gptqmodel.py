@@ -14,6 +14,7 @@ from lowbit_server.jobs.attempt import Attempt
 from lowbit_server.jobs.records import Job, now
 from lowbit_server.jobs.spec import CalibrationSpec, Progress, QuantizeSpec, Staged
 from lowbit_server.models.grouped import GroupedLinear
+from lowbit_server.models.products import ProductLinear
 from lowbit_server.models.transformers import place
 from lowbit_server.quant.schemes import AwqScheme, GptqScheme
 from tests.models.quantkit import Store, config, random_source
@@ -76,7 +77,7 @@ async def test_it_quantizes_other_architectures(scheme: Scheme, tmp_path: Path) 
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     assert config(folder)["quantization_config"]["quant_method"] == scheme.name
     model = place(folder, "cpu")
-    layers = [one for one in model.modules() if isinstance(one, GroupedLinear)]
+    layers = [one for one in model.modules() if isinstance(one, GroupedLinear | ProductLinear)]
     assert len(layers) == 2 * 6
     expected = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     ids = torch.arange(1, 60).unsqueeze(0)

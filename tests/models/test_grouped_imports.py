@@ -11,6 +11,7 @@ import torch
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.models.grouped import PACKED_ROWS, GroupedLinear
 from lowbit_server.models.measure import live_bytes
+from lowbit_server.models.products import ProductLinear
 from lowbit_server.models.transformers import TransformersModel, place
 from lowbit_server.quant.awq_packing import AwqLinear, quantization_config
 from lowbit_server.quant.dynamic import overrides
@@ -64,7 +65,7 @@ def test_awq_checkpoints_are_served(
     assert manifest.scheme == scheme
     assert manifest.parameters == sum(tensor.numel() for tensor in weights(source).values())
     model = place(folder, "cpu")
-    assert sum(isinstance(one, GroupedLinear) for one in model.modules()) == 3 * 7
+    assert sum(isinstance(one, GroupedLinear | ProductLinear) for one in model.modules()) == 3 * 7
     for tokens in (9, PACKED_ROWS + 30):  # both kernels
         assert deviates(model, expected, tokens) <= 0.03
     TransformersModel(model, 256)  # it passes the engine's own check
@@ -90,7 +91,7 @@ def test_layers_may_have_bits_of_their_own(store: Store, tmp_path: Path) -> None
     model = place(folder, "cpu")
     assert deviates(model, expected, 9) <= 0.03
     first, second = model.model.layers[0].mlp.up_proj, model.model.layers[1].mlp.up_proj
-    assert live_bytes(first) == 2 * live_bytes(second)
+    assert 1.7 <= live_bytes(first) / live_bytes(second) <= 2  # scales and points are the same
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from lowbit_server.errors import LowbitError, Reason
 from lowbit_server.jobs.spec import EvaluationSpec
 from lowbit_server.models.grouped import PACKED_ROWS, GroupedLinear
+from lowbit_server.models.products import ProductLinear
 from lowbit_server.models.transformers import TransformersModel, place
 from lowbit_server.quant.packing import PackedLinear
 from lowbit_server.quant.schemes import GptqScheme, RtnScheme
@@ -72,7 +73,7 @@ def test_it_serves_what_the_codes_stand_for(
     base = store.imported(random_source(tmp_path / "source", **options))
     small = store.quantized(scheme)
     model = place(small, "cpu")
-    packed = [one for one in model.modules() if isinstance(one, GroupedLinear)]
+    packed = [one for one in model.modules() if isinstance(one, GroupedLinear | ProductLinear)]
     assert len(packed) == 3 * 7
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     assert tied == FAMILIES[family]["tie_word_embeddings"]
@@ -80,7 +81,7 @@ def test_it_serves_what_the_codes_stand_for(
     for tokens in (9, PACKED_ROWS + 30):  # both kernels
         wanted, found = logits(expected, tokens), logits(model, tokens)
         deviation = ((found - wanted).norm() / wanted.norm()).item()
-        # The same weights in the same modules; only the int4 kernel rounds differently.
+        # The same weights in the same modules; only the kernels round differently.
         assert deviation <= 0.03
     TransformersModel(model, 256)  # it passes the engine's own check
 

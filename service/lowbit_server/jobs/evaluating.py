@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lowbit_server.store.manifest import Manifest
 
 # Counts changes of how models are run that change what they compute.
-_DECODER = 2
+_DECODER = 3
 _MAX_LOGIT_BYTES = 4
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lowbit_server.errors import invalid
+from lowbit_server.hardware import multiplies_bfloat16
 from lowbit_server.quant.schemes import (
     AwqScheme,
     Bnb4BitScheme,
@@ -43,6 +44,9 @@ _BNB_STATE_BYTES = 171
 _KERNEL_GROUPS = (128, 64, 32)
 _KERNEL_ROWS = 16
 _PLANE_BITS = 4
+# A scale in float32 and a point of 16 bits.
+_GRID_BYTES = 6
+_BF16_BYTES = 2
 _FILE_HEADER_BYTES = 4096
 _TENSOR_HEADER_BYTES = 256
 _TENSORS_PER_LINEAR = 6
@@ -140,7 +144,8 @@ def live_bytes(entries: Entries, scheme: Scheme, shape: Shape, device: str) -> i
             # Part of the layer, but for a bias, which is stored as any other tensor is.
             total += entry.elements * size if kind == "bias" else 0
         elif kind == "SCB":
-            total += entry.elements * (size if device == "cpu" else 4)
+            served = device == "cpu" and not _has_products(size)
+            total += entry.elements * (size if served else 4)
         elif entry.dtype == "U8" and kind == "weight":
             total += entry.bytes + _bnb_scale_bytes(name, entries, device)
         elif entry.dtype in _CONFIG_NAMES.values() and not _is_bnb_state(name):
@@ -199,11 +204,13 @@ def _stored(
 
 
 def _grouped_bytes(stem: str, entries: Entries, scheme: Scheme, size: int, device: str) -> int:
-    """Return what a layer in the layouts of GPTQ and AWQ takes (`models.grouped`)."""
+    """Return what a layer in the layouts of GPTQ and AWQ takes (`models.linears`)."""
     bits = _bits(stem, scheme)
     groups, rows = entries[f"{stem}.scales"].shape
     elements = entries[f"{stem}.qweight"].elements * _WORD_BITS // bits
     columns = elements // rows
+    if device == "cpu" and _has_products(size) and not rows % _KERNEL_ROWS:
+        return math.ceil(bits / _PLANE_BITS) * elements // 2 + groups * rows * _GRID_BYTES
     group = next((one for one in _KERNEL_GROUPS if columns // groups % one == 0), None)
     if device != "cpu" or group is None or rows % _KERNEL_ROWS:
         return elements * size  # dequantized
@@ -213,8 +220,8 @@ def _grouped_bytes(stem: str, entries: Entries, scheme: Scheme, size: int, devic
 
 
 def _bnb_scale_bytes(name: str, entries: Entries, device: str) -> int:
-    if device == "cpu":  # its kernels want one bfloat16 a block
-        return entries[name].bytes * 2 // _BNB_BLOCK * 2
+    if device == "cpu":  # one number a block: float32 in our products, bfloat16 in its kernels
+        return entries[name].bytes * 2 // _BNB_BLOCK * (4 if multiplies_bfloat16() else 2)
     return sum(entry.bytes for key, entry in entries.items() if key.startswith(f"{name}."))
 
 
@@ -241,3 +248,8 @@ def _most_common_float(entries: Entries) -> str:
         if entry.dtype in _CONFIG_NAMES.values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.elements
     return max(sizes, key=lambda dtype: sizes[dtype], default="F32")
+
+
+def _has_products(size: int) -> bool:
+    """Return whether a CPU serves a model with numbers of so many bytes on `models.products`."""
+    return size == _BF16_BYTES and multiplies_bfloat16()
