@@ -1,8 +1,9 @@
-/* All layers of a decoder of the Llama family for a few tokens in bfloat16, in one parallel
-   region: a step of a small model is bound by what happens between its products.
+/* The layers of a decoder of the Llama family in bfloat16: all of them for a few tokens in one
+   parallel region, since a step of a small model is bound by what happens between its products;
+   or what comes before and after the attention of one layer, for a prompt.
 
    Numbers are rounded where the tensors of `models/fused.py` are. Each thread computes its
-   share of a product's outputs; what every share needs (norms) each thread computes itself. */
+   share of a product's outputs. */
 
 #include "attention.h"
 #include "numbers.h"
@@ -22,6 +23,7 @@ struct decoder_layer {
 
 struct decoder {
     int64_t layers, hidden, inner;
+    int64_t head_size, turned; /* heads of queries and keys */
     double epsilon;
     const struct decoder_layer *of;
 };
@@ -56,25 +58,26 @@ static ALWAYS_INLINE uint16_t gated(float gate, float up)
 /* What one thread works with. */
 struct worker {
     const struct decoder *decoder;
-    const struct batch *batch;
-    uint16_t *normal; /* (tokens, hidden) */
+    int64_t tokens;
+    uint16_t *normal; /* (tokens, hidden), of all threads */
+    uint16_t *gated;  /* (tokens, inner), of all threads */
     void *memory;
     float found[2][MAX_TOKENS * SPAN];
 };
 
 /* Writes a product of tokens (tokens, columns) to out (tokens, rows), added to what is there
-   where a residual stream is. */
+   where a residual stream is. Ends with all threads together. */
 static void multiply(struct worker *worker, const struct product *product, const uint16_t *x,
                      uint16_t *restrict out, int residual)
 {
     struct part part = lowbit_part(product->rows / LANES);
     struct inputs inputs;
-    int64_t tokens = worker->batch->tokens, rows = product->rows;
+    int64_t tokens = worker->tokens, rows = product->rows;
     lowbit_prepare(product, tokens, x, worker->memory, &inputs);
     for (int64_t block = part.first, next; block < part.end; block = next) {
         next = lowbit_next(part, block);
         for (int64_t first = 0, done; first < tokens; first += done) {
-            done = lowbit_span(product, &inputs, first, block, next - block, worker->found[0]);
+            done = lowbit_span(product, &inputs, first, block, next - block, 0, worker->found[0]);
             for (int64_t token = 0; token < done; token++) {
                 const float *from = worker->found[0] + token * SPAN;
                 uint16_t *to = out + (first + token) * rows + block * LANES;
@@ -86,72 +89,149 @@ static void multiply(struct worker *worker, const struct product *product, const
             }
         }
     }
+#pragma omp barrier
 }
 
-/* Writes what gates let through to out (tokens, inner). */
-static void multiply_gated(struct worker *worker, const struct product *product,
-                           const uint16_t *x, uint16_t *out)
+/* Writes what gates let through. Ends with all threads together. */
+static void multiply_gated(struct worker *worker, const struct product *product)
 {
-    int64_t tokens = worker->batch->tokens, inner = worker->decoder->inner;
+    int64_t tokens = worker->tokens, inner = worker->decoder->inner;
     struct part part = lowbit_part(inner / LANES);
     struct inputs inputs;
-    lowbit_prepare(product, tokens, x, worker->memory, &inputs);
+    lowbit_prepare(product, tokens, worker->normal, worker->memory, &inputs);
     for (int64_t block = part.first, next; block < part.end; block = next) {
         next = lowbit_next(part, block);
         for (int64_t first = 0, done; first < tokens; first += done) {
-            done = lowbit_span(product, &inputs, first, block, next - block, worker->found[0]);
-            lowbit_span(product, &inputs, first, block + inner / LANES, next - block,
+            done = lowbit_span(product, &inputs, first, block, next - block, 0, worker->found[0]);
+            lowbit_span(product, &inputs, first, block + inner / LANES, next - block, 1,
                         worker->found[1]);
             for (int64_t token = 0; token < done; token++) {
                 const float *gates = worker->found[0] + token * SPAN;
                 const float *ups = worker->found[1] + token * SPAN;
-                uint16_t *to = out + (first + token) * inner + block * LANES;
+                uint16_t *to = worker->gated + (first + token) * inner + block * LANES;
 #pragma omp simd
                 for (int64_t row = 0; row < (next - block) * LANES; row++)
                     to[row] = gated(rounded(gates[row], 1), rounded(ups[row], 1));
             }
         }
     }
+#pragma omp barrier
 }
 
 static void normalize_all(struct worker *worker, const uint16_t *hidden, const uint16_t *weight)
 {
     int64_t size = worker->decoder->hidden;
-    for (int64_t token = 0; token < worker->batch->tokens; token++)
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < worker->tokens; token++)
         normalize(hidden + token * size, weight, size, (float)worker->decoder->epsilon,
                   worker->normal + token * size);
 }
 
-/* Attention of one layer, from queries, keys and values to what was found; ends as it began,
-   with all threads together. */
-static void attend(struct worker *worker, const struct decoder_layer *layer,
-                   const struct layer *heads, uint16_t *qkv)
+/* Writes queries, keys and values (tokens, rows of the product). */
+static void project(struct worker *worker, const struct decoder_layer *layer,
+                    const uint16_t *hidden, uint16_t *qkv)
 {
-    const struct batch *batch = worker->batch;
-    int64_t groups = batch->groups, turned = batch->heads + groups, size = batch->size;
-    if (layer->head_norms) {
+    int64_t stride = layer->qkv.rows, size = worker->decoder->head_size;
+    normalize_all(worker, hidden, layer->norm);
+    multiply(worker, &layer->qkv, worker->normal, qkv, 0);
+    if (!layer->head_norms)
+        return;
 #pragma omp for schedule(static) collapse(2)
-        for (int64_t token = 0; token < batch->tokens; token++)
-            for (int64_t head = 0; head < turned; head++) {
-                uint16_t *one = qkv + token * heads->turned_stride + head * size;
-                normalize(one, layer->head_norms + head * size, size,
-                          (float)worker->decoder->epsilon, one);
-            }
-    }
-    /* All keys first: several tokens may be of one sequence. */
-#pragma omp for schedule(static) collapse(2)
-    for (int64_t token = 0; token < batch->tokens; token++)
-        for (int64_t group = 0; group < groups; group++)
-            lowbit_keep(batch, heads, token, group);
-#pragma omp for schedule(dynamic) collapse(2)
-    for (int64_t token = 0; token < batch->tokens; token++)
-        for (int64_t group = 0; group < groups; group++)
-            lowbit_find(batch, heads, token, group);
+    for (int64_t token = 0; token < worker->tokens; token++)
+        for (int64_t head = 0; head < worker->decoder->turned; head++) {
+            uint16_t *one = qkv + token * stride + head * size;
+            normalize(one, layer->head_norms + head * size, size,
+                      (float)worker->decoder->epsilon, one);
+        }
 }
+
+/* Adds to hidden states what follows from what attention has found. */
+static void conclude(struct worker *worker, const struct decoder_layer *layer,
+                     const uint16_t *found, uint16_t *hidden)
+{
+    multiply(worker, &layer->output, found, hidden, 1);
+    normalize_all(worker, hidden, layer->mlp_norm);
+    multiply_gated(worker, &layer->gate_up);
+    multiply(worker, &layer->down, worker->gated, hidden, 1);
+}
+
+/* The memory of all threads, and of each. */
+struct memory {
+    char *all;
+    int64_t normal, gated, inputs;
+};
 
 static int64_t aligned(int64_t bytes)
 {
     return (bytes + 63) / 64 * 64;
+}
+
+static int64_t greater(int64_t one, int64_t other)
+{
+    return one > other ? one : other;
+}
+
+/* Its `all` is null where there is none. */
+static struct memory memory_for(const struct decoder *decoder, int64_t tokens, int64_t threads)
+{
+    int64_t columns = greater(decoder->of->output.columns,
+                              greater(decoder->hidden, decoder->inner));
+    struct memory memory = {
+        NULL,
+        aligned(tokens * decoder->hidden * 2),
+        aligned(tokens * decoder->inner * 2),
+        aligned(lowbit_inputs_bytes(tokens, columns)),
+    };
+    memory.all = aligned_alloc(64, memory.normal + memory.gated + threads * memory.inputs);
+    return memory;
+}
+
+static void begin(struct worker *worker, const struct decoder *decoder, int64_t tokens,
+                  struct memory memory)
+{
+    worker->decoder = decoder;
+    worker->tokens = tokens;
+    worker->normal = (uint16_t *)memory.all;
+    worker->gated = (uint16_t *)(memory.all + memory.normal);
+    worker->memory = memory.all + memory.normal + memory.gated
+                     + omp_get_thread_num() * memory.inputs;
+}
+
+/* Writes queries, keys and values of hidden states (tokens, hidden) in layer `number`. Returns 0,
+   and writes nothing, without memory. */
+int lowbit_project(const struct decoder *decoder, int64_t number, int64_t tokens, int64_t threads,
+                   const uint16_t *hidden, uint16_t *qkv)
+{
+    struct memory memory = memory_for(decoder, tokens, threads);
+    if (!memory.all)
+        return 0;
+#pragma omp parallel num_threads(threads)
+    {
+        struct worker worker;
+        begin(&worker, decoder, tokens, memory);
+        project(&worker, decoder->of + number, hidden, qkv);
+        lowbit_release();
+    }
+    free(memory.all);
+    return 1;
+}
+
+/* Adds to hidden states what follows from what attention has found (tokens, heads * size). */
+int lowbit_conclude(const struct decoder *decoder, int64_t number, int64_t tokens,
+                    int64_t threads, const uint16_t *found, uint16_t *hidden)
+{
+    struct memory memory = memory_for(decoder, tokens, threads);
+    if (!memory.all)
+        return 0;
+#pragma omp parallel num_threads(threads)
+    {
+        struct worker worker;
+        begin(&worker, decoder, tokens, memory);
+        conclude(&worker, decoder->of + number, found, hidden);
+        lowbit_release();
+    }
+    free(memory.all);
+    return 1;
 }
 
 /* Adds what all layers find to hidden states (tokens, hidden), in place. Returns 0, and changes
@@ -159,47 +239,42 @@ static int64_t aligned(int64_t bytes)
 int lowbit_decode(const struct decoder *decoder, const struct batch *batch,
                   void *const *key_pools, void *const *value_pools, uint16_t *hidden)
 {
-    int64_t tokens = batch->tokens, threads = batch->threads, size = batch->size;
-    int64_t width = decoder->hidden > decoder->inner ? decoder->hidden : decoder->inner;
-    int64_t queries = batch->heads * size, all = queries + 2 * batch->groups * size;
-    if (queries > width)
-        width = queries;
-    int64_t qkv_bytes = aligned(tokens * all * 2), found_bytes = aligned(tokens * queries * 2);
-    int64_t gated_bytes = aligned(tokens * decoder->inner * 2);
-    int64_t normal_bytes = aligned(tokens * decoder->hidden * 2);
-    int64_t inputs_bytes = aligned(lowbit_inputs_bytes(tokens, width));
-    char *memory = aligned_alloc(64, qkv_bytes + found_bytes + gated_bytes
-                                         + threads * (normal_bytes + inputs_bytes));
-    if (!memory)
+    int64_t tokens = batch->tokens, groups = batch->groups, threads = batch->threads;
+    int64_t queries = decoder->of->output.columns, all = decoder->of->qkv.rows;
+    struct memory memory = memory_for(decoder, tokens, threads);
+    uint16_t *qkv = aligned_alloc(64, aligned(tokens * (all + queries) * 2));
+    if (!memory.all || !qkv) {
+        free(memory.all);
+        free(qkv);
         return 0;
-    uint16_t *qkv = (uint16_t *)memory, *found = (uint16_t *)(memory + qkv_bytes);
-    uint16_t *through = (uint16_t *)(memory + qkv_bytes + found_bytes);
-    char *own = memory + qkv_bytes + found_bytes + gated_bytes;
+    }
+    uint16_t *found = qkv + tokens * all;
 #pragma omp parallel num_threads(threads)
     {
-        char *mine = own + omp_get_thread_num() * (normal_bytes + inputs_bytes);
-        struct worker worker = {decoder, batch, (uint16_t *)mine, mine + normal_bytes, {{0}}};
+        struct worker worker;
+        begin(&worker, decoder, tokens, memory);
         for (int64_t number = 0; number < decoder->layers; number++) {
             const struct decoder_layer *layer = decoder->of + number;
             struct layer heads = {
-                qkv, qkv + all - batch->groups * size, all, all, key_pools[number],
+                qkv, qkv + all - groups * batch->size, all, all, key_pools[number],
                 value_pools[number], found, layer->window, layer->rotary,
             };
-            normalize_all(&worker, hidden, layer->norm);
-            multiply(&worker, &layer->qkv, worker.normal, qkv, 0);
-#pragma omp barrier
-            attend(&worker, layer, &heads, qkv);
-            multiply(&worker, &layer->output, found, hidden, 1);
-#pragma omp barrier
-            normalize_all(&worker, hidden, layer->mlp_norm);
-            multiply_gated(&worker, &layer->gate_up, worker.normal, through);
-#pragma omp barrier
-            multiply(&worker, &layer->down, through, hidden, 1);
-#pragma omp barrier
+            project(&worker, layer, hidden, qkv);
+            /* All keys first: several tokens may be of one sequence. */
+#pragma omp for schedule(static) collapse(2)
+            for (int64_t token = 0; token < tokens; token++)
+                for (int64_t group = 0; group < groups; group++)
+                    lowbit_keep(batch, &heads, token, group);
+#pragma omp for schedule(dynamic) collapse(2)
+            for (int64_t token = 0; token < tokens; token++)
+                for (int64_t group = 0; group < groups; group++)
+                    lowbit_find(batch, &heads, token, group);
+            conclude(&worker, layer, found, hidden);
         }
         lowbit_release();
     }
-    free(memory);
+    free(memory.all);
+    free(qkv);
     return 1;
 }
 

@@ -1,4 +1,4 @@
-"""All layers of a decoder for a few tokens, in one call."""
+"""The layers of a decoder in few calls: all of them for a few tokens, two each for a prompt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 from ctypes import c_double, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from lowbit_server import kernels
 from lowbit_server.kernels.products import CProduct
@@ -29,7 +31,7 @@ class _Layer(ctypes.Structure):
 
 class _Decoder(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("layers", "hidden", "inner")),
+        *((name, c_int64) for name in ("layers", "hidden", "inner", "head_size", "turned")),
         ("epsilon", c_double),
         ("of", ctypes.POINTER(_Layer)),
     )
@@ -52,12 +54,17 @@ class DecoderLayer:
 class Decoder:
     """The layers, which must outlive this: it knows where their tensors lie."""
 
-    def __init__(self, layers: Sequence[DecoderLayer], epsilon: float) -> None:
-        """Take the layers of one model and the epsilon of their norms."""
-        gates, _ = layers[0].products[2].shape
+    def __init__(
+        self, layers: Sequence[DecoderLayer], shape: tuple[int, int], epsilon: float
+    ) -> None:
+        """Take the layers of one model, (heads + KV heads, head size) and the norms' epsilon."""
+        first = layers[0]
+        (self._qkv_rows, hidden), (gates, _) = first.products[0].shape, first.products[2].shape
         self._layers = (_Layer * len(layers))(*map(_structure, layers))
-        hidden = len(layers[0].norms[0])
-        self._structure = _Decoder(len(layers), hidden, gates // 2, epsilon, self._layers)
+        heads, size = shape
+        self._structure = _Decoder(
+            len(layers), hidden, gates // 2, size, heads, epsilon, self._layers
+        )
 
     def add(
         self,
@@ -66,20 +73,39 @@ class Decoder:
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
     ) -> None:
-        """Add what the layers find to hidden states, bfloat16 (tokens, hidden), in place.
+        """Add what all layers find to hidden states, bfloat16 (tokens, hidden), in place.
 
         Keys and values are the blocks of each layer. Raises MemoryError.
         """
         pools = c_void_p * len(keys)
-        library = kernels.library()
-        assert library is not None  # noqa: S101  (the attention is there)
-        if not library.lowbit_decode(
-            ctypes.byref(self._structure),
+        self._call(
+            "lowbit_decode",
             ctypes.byref(attention.structure),
             pools(*(one.data_ptr() for one in keys)),
             pools(*(one.data_ptr() for one in values)),
             c_void_p(hidden.data_ptr()),
-        ):
+        )
+
+    def project(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return queries, keys and values, (tokens, heads + 2 * KV heads, head size)."""
+        qkv = hidden.new_empty(len(hidden), self._qkv_rows)
+        self._part("lowbit_project", layer, hidden, qkv)
+        return qkv.view(len(hidden), -1, self._structure.head_size)
+
+    def conclude(self, layer: int, found: Tensor, hidden: Tensor) -> None:
+        """Add to hidden states what follows from what attention has found, in place.
+
+        `found` is (tokens, heads * head size).
+        """
+        self._part("lowbit_conclude", layer, found.contiguous(), hidden)
+
+    def _part(self, name: str, layer: int, inputs: Tensor, outputs: Tensor) -> None:
+        numbers = (layer, len(inputs), torch.get_num_threads())
+        pointers = (inputs.data_ptr(), outputs.data_ptr())
+        self._call(name, *map(c_int64, numbers), *map(c_void_p, pointers))
+
+    def _call(self, name: str, *arguments: object) -> None:
+        if not getattr(kernels.library(), name)(ctypes.byref(self._structure), *arguments):
             raise MemoryError
 
 

@@ -28,6 +28,7 @@ enum {
     /* Tokens from which tiles are faster. */
     DENSE_TILES_FROM = 2,
     CODE_TILES_FROM = 3,
+    WIDE_FROM = 49, /* tokens for which weights are made tiles of first */
 };
 
 /* From here, tiles. Linux gives them to a process that asks (arch/x86/include/uapi/asm). */
@@ -44,7 +45,7 @@ static int has_tiles(void)
 
 int lowbit_has_products(void)
 {
-    return __builtin_cpu_supports("avx512bf16") != 0;
+    return has_tiles() ? 2 : __builtin_cpu_supports("avx512bf16") != 0;
 }
 
 static int takes_tiles(const struct product *product, int64_t count)
@@ -53,10 +54,17 @@ static int takes_tiles(const struct product *product, int64_t count)
     return count >= from && product->group % STEP == 0 && has_tiles();
 }
 
+static int is_wide(const struct product *product, int64_t count)
+{
+    return count >= WIDE_FROM && product->columns % STEP == 0 && has_tiles();
+}
+
 int64_t lowbit_inputs_bytes(int64_t count, int64_t columns)
 {
     int64_t padded = (count + LANES - 1) / LANES * LANES;
-    return padded * columns * 2 + count * (columns / CHUNK + LANES) * 4 + 64;
+    int64_t tiles = 2 * SPAN * columns * 2, pairs = padded * columns * 2;
+    int64_t sums = count * (columns / CHUNK + 1) * 4, most = tiles > pairs ? tiles : pairs;
+    return most > sums ? most : sums;
 }
 
 /* The pair of columns that begins at `column` of one token. */
@@ -71,7 +79,11 @@ FAST void lowbit_prepare(const struct product *product, int64_t count, const uin
                          void *memory, struct inputs *inputs)
 {
     int64_t columns = product->columns, group = product->group;
-    *inputs = (struct inputs){count, columns, x, NULL, NULL};
+    *inputs = (struct inputs){count, columns, x, NULL, NULL, NULL};
+    if (is_wide(product, count)) {
+        inputs->tiles = memory;
+        return;
+    }
     if (product->bits == 16 && takes_tiles(product, count)) {
         inputs->pairs = memory;
         for (int64_t first = 0; first < count; first += LANES)
@@ -124,6 +136,15 @@ FAST_INLINE void decode(const struct product *product, __m512i table, int64_t bl
         pairs[pair] = _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16),
                                       _mm512_castps_si512(high));
     }
+}
+
+FAST_INLINE void decode_any(const struct product *product, __m512i table, int64_t block,
+                            int64_t column, __m512i pairs[CHUNK / 2])
+{
+    if (product->bits == 4)
+        decode(product, table, block, column, 4, pairs);
+    else
+        decode(product, table, block, column, 8, pairs);
 }
 
 /* An index of a word takes five bits, of which the fifth is a neighbour's: any will do. */
@@ -398,12 +419,14 @@ TILED_INLINE void tiled_codes(const struct product *product, const struct inputs
     }
 }
 
-/* Writes a tile (16, 16) with its rows as columns, the first `rows` of them SPAN apart. */
-FAST static void transpose(const float *tile, int64_t rows, float *out)
+/* Writes a tile (16, 16) of 32-bit elements with its rows as columns, the first `rows` of them;
+   strides are in elements. */
+FAST static void transpose(const void *tile, int64_t stride, void *out, int64_t out_stride,
+                           int64_t rows)
 {
     __m512i v[TILE_ROWS], w[TILE_ROWS];
     for (int i = 0; i < TILE_ROWS; i++)
-        v[i] = _mm512_loadu_si512(tile + i * LANES);
+        v[i] = _mm512_loadu_si512((const uint32_t *)tile + i * stride);
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_ROWS; i += 2) {
         w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
@@ -429,7 +452,7 @@ FAST static void transpose(const float *tile, int64_t rows, float *out)
         w[12 + j] = _mm512_shuffle_i32x4(high, more_high, 0xdd);
     }
     for (int64_t i = 0; i < rows; i++)
-        _mm512_storeu_si512(out + i * SPAN, w[i]);
+        _mm512_storeu_si512((uint32_t *)out + i * out_stride, w[i]);
 }
 
 /* Four blocks of bfloat16, of which `blocks` exist, by tiles (outputs, tokens). */
@@ -460,17 +483,118 @@ TILED static void tiled_dense(const struct product *product, const struct inputs
         }
         STORE_TILES(found);
         for (int64_t b = 0; b < blocks; b++)
-            transpose(found + b * TILE, left < TILE_ROWS ? left : TILE_ROWS,
-                      out + first * SPAN + b * LANES);
+            transpose(found + b * TILE, LANES, out + first * SPAN + b * LANES, SPAN,
+                      left < TILE_ROWS ? left : TILE_ROWS);
     }
 }
 
-TILED int64_t lowbit_span(const struct product *product, const struct inputs *inputs,
-                          int64_t first, int64_t block, int64_t blocks, float *out)
+/* Tiles of the weights of some blocks for all columns, (blocks, steps, TILE), as they are or
+   rounded to bfloat16 once. */
+FAST static void dense_tiles(const struct product *product, int64_t block, int64_t blocks,
+                             uint32_t *out)
+{
+    int64_t columns = product->columns;
+    const uint16_t *w = (const uint16_t *)product->weights + block * LANES * columns;
+    for (int64_t b = 0; b < blocks; b++, w += LANES * columns)
+        for (int64_t column = 0; column < columns; column += STEP, out += TILE)
+            transpose(w + column, columns / 2, out, LANES, TILE_ROWS);
+}
+
+/* The weights of a pair of columns, rounded to bfloat16 once: those of even and of odd columns. */
+FAST_INLINE void weights_of(struct grid grid, __m512i pair, __m256i *even, __m256i *odd)
+{
+    __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+    __m512 high = _mm512_castsi512_ps(
+        _mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000)));
+    low = _mm512_mul_ps(_mm512_add_ps(low, grid.point), grid.scale);
+    high = _mm512_mul_ps(_mm512_add_ps(high, grid.point), grid.scale);
+    *even = (__m256i)_mm512_cvtneps_pbh(low);
+    *odd = (__m256i)_mm512_cvtneps_pbh(high);
+}
+
+FAST static void code_tiles(const struct product *product, int64_t block, int64_t blocks,
+                            uint32_t *out)
+{
+    __m512i table = table_of(product), pairs[CHUNK / 2];
+    for (int64_t b = block; b < block + blocks; b++)
+        for (int64_t column = 0; column < product->columns; column += CHUNK) {
+            struct grid grid = grid_of(product, column / product->group, b);
+            decode_any(product, table, b, column, pairs);
+#pragma GCC unroll 4
+            for (int pair = 0; pair < CHUNK / 2; pair++, out += LANES) {
+                __m256i even, odd;
+                weights_of(grid, pairs[pair], &even, &odd);
+                _mm512_store_si512(
+                    out, _mm512_or_si512(_mm512_cvtepu16_epi32(even),
+                                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16)));
+            }
+        }
+}
+
+/* 32 tokens times two blocks of tiles: float32 (32, SPAN). */
+TILED static void wide_pair(const uint16_t *x, int64_t columns, const uint32_t *weights,
+                            float *out)
+{
+    const uint16_t *more = x + TILE_ROWS * columns;
+    const uint32_t *next = weights + columns / STEP * TILE;
+    ZERO_TILES();
+    for (int64_t column = 0; column < columns; column += STEP, weights += TILE, next += TILE) {
+        _tile_loadd(4, x + column, columns * 2);
+        _tile_loadd(5, more + column, columns * 2);
+        _tile_loadd(6, weights, 64);
+        _tile_loadd(7, next, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, out, SPAN * 4);
+    _tile_stored(1, out + LANES, SPAN * 4);
+    _tile_stored(2, out + TILE_ROWS * SPAN, SPAN * 4);
+    _tile_stored(3, out + TILE_ROWS * SPAN + LANES, SPAN * 4);
+}
+
+/* Many tokens: weights become tiles once, for all of them. */
+TILED static int64_t wide(const struct product *product, const struct inputs *inputs,
+                          int64_t first, int64_t block, int64_t blocks, int part, float *out)
 {
     int64_t columns = inputs->columns, left = inputs->count - first;
+    uint32_t *tiles = inputs->tiles + part * SPAN * columns / 2;
+    /* The last tokens share full tiles with some that are done. */
+    int64_t from = left < MAX_TOKENS ? inputs->count - MAX_TOKENS : first;
+    if (first == 0 && product->bits == 16)
+        dense_tiles(product, block, blocks, tiles);
+    else if (first == 0)
+        code_tiles(product, block, blocks, tiles);
+    shape_tiles(TILE_ROWS);
+    for (int64_t b = 0; b < blocks; b += 2)
+        wide_pair(inputs->x + from * columns, columns, tiles + b * columns / STEP * TILE,
+                  out + b * LANES);
+    if (from < first)
+        memmove(out, out + (first - from) * SPAN, left * SPAN * sizeof *out);
+    return left < MAX_TOKENS ? left : MAX_TOKENS;
+}
+
+FAST static void add_bias(const struct product *product, int64_t count, int64_t block,
+                          int64_t blocks, float *out)
+{
+    if (product->bias)
+        for (int64_t token = 0; token < count; token++)
+            for (int64_t row = 0; row < blocks * LANES; row++)
+                out[token * SPAN + row] += load(product->bias, block * LANES + row, 1);
+}
+
+TILED int64_t lowbit_span(const struct product *product, const struct inputs *inputs,
+                          int64_t first, int64_t block, int64_t blocks, int part, float *out)
+{
+    int64_t columns = inputs->columns, left = inputs->count - first;
+    if (inputs->tiles) {
+        int64_t done = wide(product, inputs, first, block, blocks, part, out);
+        add_bias(product, done, block, blocks, out);
+        return done;
+    }
     struct inputs some = {left < MAX_TOKENS ? left : MAX_TOKENS, columns,
-                          inputs->x + first * columns, NULL, NULL};
+                          inputs->x + first * columns, NULL, NULL, NULL};
     if (inputs->sums)
         some.sums = inputs->sums + first * (columns / product->group);
     if (inputs->pairs)
@@ -483,10 +607,7 @@ TILED int64_t lowbit_span(const struct product *product, const struct inputs *in
         tiled_codes(product, &some, block, blocks, 4, out);
     else
         tiled_codes(product, &some, block, blocks, 8, out);
-    if (product->bias)
-        for (int64_t token = 0; token < some.count; token++)
-            for (int64_t row = 0; row < blocks * LANES; row++)
-                out[token * SPAN + row] += load(product->bias, block * LANES + row, 1);
+    add_bias(product, some.count, block, blocks, out);
     return some.count;
 }
 
@@ -507,23 +628,13 @@ FAST int lowbit_unpack(const struct product *product, uint16_t *out, int64_t thr
     int64_t columns = product->columns, rows = product->rows;
 #pragma omp parallel for num_threads(threads)
     for (int64_t block = 0; block < rows / LANES; block++) {
-        __m512i table = table_of(product);
+        __m512i table = table_of(product), pairs[CHUNK / 2];
         for (int64_t column = 0; column < columns; column += CHUNK) {
             struct grid grid = grid_of(product, column / product->group, block);
-            __m512i pairs[CHUNK / 2];
-            if (product->bits == 4)
-                decode(product, table, block, column, 4, pairs);
-            else
-                decode(product, table, block, column, 8, pairs);
+            decode_any(product, table, block, column, pairs);
             for (int pair = 0; pair < CHUNK / 2; pair++) {
                 uint16_t *to = out + (column + 2 * pair) * rows + block * LANES;
-                __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(pairs[pair], 16));
-                __m512 high = _mm512_castsi512_ps(
-                    _mm512_and_si512(pairs[pair], _mm512_set1_epi32((int)0xffff0000)));
-                low = _mm512_mul_ps(_mm512_add_ps(low, grid.point), grid.scale);
-                high = _mm512_mul_ps(_mm512_add_ps(high, grid.point), grid.scale);
-                _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(low));
-                _mm256_storeu_si256((__m256i *)(to + rows), (__m256i)_mm512_cvtneps_pbh(high));
+                weights_of(grid, pairs[pair], (__m256i *)to, (__m256i *)(to + rows));
             }
         }
     }
@@ -548,7 +659,7 @@ FAST int lowbit_product(const struct product *product, int64_t count, const uint
         for (int64_t block = part.first, next; block < part.end; block = next) {
             next = lowbit_next(part, block);
             for (int64_t first = 0, done; first < count; first += done) {
-                done = lowbit_span(product, &inputs, first, block, next - block, found);
+                done = lowbit_span(product, &inputs, first, block, next - block, 0, found);
                 for (int64_t token = 0; token < done; token++) {
                     uint16_t *to = out + (first + token) * rows + block * LANES;
                     for (int64_t row = 0; row < (next - block) * LANES; row++)

@@ -32,6 +32,7 @@ struct inputs {
     const uint16_t *x; /* bfloat16 (count, columns) */
     float *sums;       /* (count, groups) */
     uint32_t *pairs;   /* (tiles of 16 tokens, columns / 2, 16): two columns side by side */
+    uint32_t *tiles;   /* where weights become tiles, two spans of outputs */
 };
 
 /* Bytes of memory that inputs of so many tokens and columns need besides x. */
@@ -42,9 +43,10 @@ void lowbit_prepare(const struct product *product, int64_t count, const uint16_t
                     struct inputs *inputs);
 
 /* Computes some blocks of outputs for MAX_TOKENS tokens at most, from the token `first` on,
-   with their bias: float32 (tokens, SPAN). Returns how many tokens it has done. */
+   with their bias: float32 (tokens, SPAN). Returns how many tokens it has done. Must be called
+   for all tokens in their order; two parts of the outputs, 0 and 1, may take turns. */
 int64_t lowbit_span(const struct product *product, const struct inputs *inputs, int64_t first,
-                    int64_t block, int64_t blocks, float *out);
+                    int64_t block, int64_t blocks, int part, float *out);
 
 /* Must follow a thread's last span, for what others compute on it. */
 void lowbit_release(void);
@@ -66,7 +68,8 @@ static inline int64_t lowbit_next(struct part part, int64_t block)
     return block + SPAN_BLOCKS < part.end ? block + SPAN_BLOCKS : part.end;
 }
 
-/* Whether this CPU multiplies bfloat16 itself (AVX512-BF16). */
+/* Whether this CPU multiplies bfloat16 itself: 1 by vectors (AVX512-BF16), 2 by tiles too (AMX),
+   which are fast for any number of tokens. */
 int lowbit_has_products(void);
 
 #endif

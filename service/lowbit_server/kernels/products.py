@@ -21,6 +21,7 @@ COLUMNS = 32
 GROUP = 8
 """and columns of codes that share a scale in multiples of this."""
 _NIBBLES, _PARITIES = 4, 2
+_TILES = 2
 
 
 class CProduct(ctypes.Structure):
@@ -98,6 +99,12 @@ def are_there() -> bool:
     """Return whether these kernels were compiled and this CPU can run them."""
     library = kernels.library()
     return library is not None and bool(library.lowbit_has_products())
+
+
+def have_tiles() -> bool:
+    """Return whether this CPU has tiles, with which any number of tokens is fast."""
+    library = kernels.library()
+    return library is not None and library.lowbit_has_products() == _TILES
 
 
 def packed4(codes: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowbit_server.kernels.decoder import Decoder, DecoderLayer
+from lowbit_server.kernels.products import have_tiles
 from lowbit_server.models.attention import Attention
 from lowbit_server.models.checkpoint import EMBEDDING
 from lowbit_server.models.decoder import LayerShape, ModelSpec
@@ -45,6 +46,7 @@ class FusedLayer(nn.Module):
     def __init__(self, shape: Architecture, checkpoint: Checkpoint, number: int) -> None:
         """Read layer `number`; raises ValueError for tensors that are missing or do not fit."""
         super().__init__()
+        self._number = number
         self._window, self._rotary = shape.windows[number], shape.rotary[number]
         self._epsilon, self._size = shape.norm_epsilon, shape.head_size
         self._turned = shape.heads + shape.kv_heads
@@ -70,8 +72,20 @@ class FusedLayer(nn.Module):
         )
         self._norms = (self._norm, self._head_norms, self._mlp_norm)
 
-    def forward(self, hidden: Tensor, attention: Attention, cache: tuple[Tensor, Tensor]) -> None:
+    def forward(
+        self,
+        hidden: Tensor,
+        attention: Attention,
+        cache: tuple[Tensor, Tensor],
+        compiled: Decoder | None,
+    ) -> None:
         """Add what the layer finds to hidden states (tokens, hidden), in place."""
+        if compiled is not None:
+            heads = compiled.project(self._number, hidden)
+            turned, value = heads[:, : self._turned], heads[:, self._turned :]
+            found = attention.attend(turned, value, cache, window=self._window, rotary=self._rotary)
+            compiled.conclude(self._number, found, hidden)
+            return
         qkv, output, gate_up, down = self._products
         norm, head_norms, mlp_norm = self._norms
         heads = qkv(normalized(hidden, norm, self._epsilon)).view(hidden.shape[0], -1, self._size)
@@ -135,7 +149,8 @@ class FusedModel(nn.Module):
         checkpoint.check_finished()
         compiled = [found for one in layers if (found := one.compiled()) is not None]
         can = len(compiled) == shape.layers and self._embedding.dtype is torch.bfloat16
-        self._compiled = Decoder(compiled, self._epsilon) if can else None
+        heads = shape.heads + shape.kv_heads, shape.head_size
+        self._compiled = Decoder(compiled, heads, self._epsilon) if can else None
         self.spec = ModelSpec(
             layers=(LayerShape(shape.kv_heads, shape.head_size, shape.head_size),) * shape.layers,
             dtype=self._embedding.dtype,
@@ -156,11 +171,7 @@ class FusedModel(nn.Module):
         ids = torch.tensor([token for one in spans for token in one.tokens], device=spec.device)
         hidden = functional.embedding(ids, self._embedding)
         attention = Attention(spans, self._shape, spec.dtype)
-        if self._compiled is not None and attention.kernel is not None:
-            self._compiled.add(hidden, attention.kernel, batch.keys, batch.values)
-        else:
-            for layer, *cache in zip(self._layers, batch.keys, batch.values, strict=True):
-                layer.forward(hidden, attention, cache)
+        self._add_layers(hidden, attention, batch)
         wanted = [
             end - left
             for one, end in zip(spans, accumulate(len(one.tokens) for one in spans), strict=True)
@@ -172,3 +183,11 @@ class FusedModel(nn.Module):
             hidden = hidden[wanted]
         logits: Tensor = self._head.forward(normalized(hidden, self._norm, self._epsilon))
         return logits
+
+    def _add_layers(self, hidden: Tensor, attention: Attention, batch: Batch) -> None:
+        compiled = self._compiled
+        if compiled is not None and attention.kernel is not None:
+            compiled.add(hidden, attention.kernel, batch.keys, batch.values)
+            return
+        for layer, *cache in zip(self._layers, batch.keys, batch.values, strict=True):
+            layer.forward(hidden, attention, cache, compiled if have_tiles() else None)

@@ -17,8 +17,8 @@ from lowbit_server.quant.packing import PackedLinear
 if TYPE_CHECKING:
     from lowbit_server.models.weights import GroupedWeight, Weight
 
-WIDE_TOKENS = 65
-"""From so many tokens on a dense product of the whole weight is faster."""
+WIDE_TOKENS = 33
+"""Without tiles a dense product of torch, of the whole weight, is faster from so many tokens."""
 
 
 class ProductLinear(nn.Module):
@@ -33,19 +33,19 @@ class ProductLinear(nn.Module):
         for name, tensor in product.tensors.items():
             self.register_buffer(name, tensor)
         self.register_buffer("order", order)
-        self._is_dense = "scales" not in product.tensors
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return (..., out) of inputs (..., in), in their type."""
         rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.bfloat16)
         if self.order is not None:
             rows = rows[:, self.order]
-        found = self.product.of(rows) if len(rows) < WIDE_TOKENS else self._wide(rows)
+        is_narrow = products.have_tiles() or len(rows) < WIDE_TOKENS
+        found = self.product.of(rows) if is_narrow else self._wide(rows)
         return found.to(inputs.dtype).view(*inputs.shape[:-1], -1)
 
     def _wide(self, rows: Tensor) -> Tensor:
         bias = self.product.tensors.get("bias")
-        if self._is_dense:
+        if "scales" not in self.product.tensors:
             return functional.linear(rows, self.product.tensors["weights"], bias)
         weight = self.product.unpacked()
         return rows @ weight if bias is None else torch.addmm(bias, rows, weight)

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(
 # What is left is float32's: the result is rounded to bfloat16 once.
 ROUNDING = 2**-8
 SUMMING = 1e-5
+WIDE = 49
 
 
 class Case:
@@ -61,7 +62,10 @@ class Case:
         if self.bias is not None:
             expected = expected + self.bias.double()
         found = self.product.of(inputs)
-        bound = ROUNDING * expected.abs() + SUMMING * (terms + 128 * terms.mean())
+        # Many tokens are multiplied by weights that are rounded once; with points, SUMMING is of
+        # the larger numbers that these are differences of.
+        summing = 2**-9 if tokens >= WIDE else SUMMING
+        bound = ROUNDING * expected.abs() + summing * terms + SUMMING * 128 * terms.mean()
         assert bool(((found.double() - expected).abs() <= bound).all())
 
 
@@ -77,7 +81,7 @@ cases = st.builds(
 
 
 @settings(deadline=None)
-@given(cases, st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 32, 33, 70])))
+@given(cases, st.one_of(st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 32, 33, 49, 70, 96])))
 def test_it_is_the_product_in_float64(case: Case, tokens: int) -> None:
     case.check(tokens)
 
