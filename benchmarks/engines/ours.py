@@ -12,6 +12,7 @@ import torch
 from lowbit_server.engine.batching import BatchingEngine
 from lowbit_server.engine.request import Request
 from lowbit_server.models.loading import load
+from lowbit_server.worker.allocator import keep_freed_memory
 
 KV_BYTES = 1 << 29
 CONTEXT_TOKENS = 4096
@@ -21,6 +22,7 @@ MAX_RUNNING = 64
 def make(folder: str) -> protocol.Run:
     """Load a folder of the store."""
     torch.set_num_threads(2)
+    keep_freed_memory()
     model = load(Path(folder), "cpu", CONTEXT_TOKENS)
     engine = BatchingEngine(model, MAX_RUNNING, KV_BYTES)
 

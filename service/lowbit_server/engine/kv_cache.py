@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lowbit_server.models.decoder import ModelSpec
 
 # Memory is touched so many blocks at a time, when it is first needed.
-_GROWTH_BLOCKS = 64
+_GROWTH_BLOCKS = 16
 _DIGEST_BYTES = 16
 
 

@@ -10,6 +10,7 @@ import threading
 import structlog
 
 from lowbit_server import logs
+from lowbit_server.worker.allocator import keep_freed_memory
 from lowbit_server.worker.device import find_device
 from lowbit_server.worker.inbox import make_inbox
 from lowbit_server.worker.loader import Loader
@@ -32,6 +33,7 @@ def main() -> None:
     os.environ.update(
         OMP_NUM_THREADS=str(settings.threads), HF_HUB_OFFLINE="1", THP_MEM_ALLOC_ENABLE="1"
     )
+    keep_freed_memory()
     threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
     logs.configure("info")
     inbox = make_inbox()
