@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from lowbit_server import kernels
 from lowbit_server.jobs.spec import CalibrationSpec
 from lowbit_server.kernels import products
+from lowbit_server.models import attention
 from lowbit_server.models.fused import FusedModel
 from lowbit_server.models.loading import load
 from lowbit_server.models.transformers import TransformersModel, place
@@ -199,6 +200,27 @@ def test_all_layers_in_one_call_are_as_exact_as_those_of_torch(
     expected = torch.stack([exact[row][at] for row, at in places])
     assert not torch.equal(found, slow)
     assert deviation(found, expected) < max(1.2 * deviation(slow, expected), 1e-3) < 0.02
+
+
+@needs_products
+@pytest.mark.parametrize("pairs", [0, 1 << 14], ids=["torch's attention", "ours"])
+@pytest.mark.parametrize("shape", ["llama-tied", "qwen3-head-norms", "mistral-window"])
+def test_prompts_are_read_in_one_pass_with_tokens_of_others(
+    shape: str, pairs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_NARROW_PAIRS", pairs)
+    folder = random_source(tmp_path / "source", torch.bfloat16, **SHAPES[shape])
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    texts = [tokens(60, seed) for seed in range(4)]
+    expected = [reference(plain, text) for text in texts]
+    sequences = Sequences(fused(folder), 4)
+    sequences.feed(texts[0][:9], texts[1][:30])
+    found = sequences.feed(texts[0][9:10], texts[1][30:32], texts[2][:50], texts[3][:20])
+    wanted = [expected[0][9:10], expected[1][30:32], expected[2][:50], expected[3][:20]]
+    assert deviation(found, torch.cat(wanted)) < 0.02
+    found = sequences.feed(texts[0][10:11], texts[1][32:33], texts[2][50:51], texts[3][20:40])
+    wanted = [expected[0][10:11], expected[1][32:33], expected[2][50:51], expected[3][20:40]]
+    assert deviation(found, torch.cat(wanted)) < 0.02
 
 
 @needs_products

@@ -16,6 +16,7 @@ from lowbit_server.engine.kv_cache import KvCache
 from lowbit_server.engine.logprobs import token_logprobs
 from lowbit_server.engine.lookup import PromptLookup
 from lowbit_server.engine.pacing import Pacing
+from lowbit_server.engine.reading import is_alone, next_chunks, span_of
 from lowbit_server.engine.request import Output
 from lowbit_server.engine.residents import Residents
 from lowbit_server.engine.roster import Roster
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lowbit_server.engine.reading import Chunk
     from lowbit_server.engine.request import Request, Running
     from lowbit_server.engine.rows import Row
     from lowbit_server.models.decoder import DecoderModel
@@ -36,8 +38,6 @@ Arguments = TypeVarTuple("Arguments")
 SCORED_CHUNKS = 32
 """A score that others wait for gives its blocks up after so many chunks, finds its prompt again
 when it is its turn, and goes on: a thousand continuations must not hold up a prompt."""
-DETERMINISTIC_CHUNK_TOKENS = 64
-"""What a deterministic prompt is read in, whoever runs beside it."""
 
 
 class BatchingEngine:
@@ -81,16 +81,15 @@ class BatchingEngine:
         return outputs
 
     def step(self) -> list[Output]:
-        """Decode every running output by a token or more, then read one chunk of a prompt.
+        """Decode every running output by a token or more, then read a chunk.
 
-        Or one chunk of a continuation that is scored.
+        That is one of a prompt, several whole short prompts, or one of a continuation.
         """
         with torch.inference_mode():
             outputs = self._roster.expire(time.monotonic())
             self._residents.drop_ended()
-            outputs += self._decode()
-            self._residents.drop_ended()
-            outputs += self._read_on()
+            self._residents.make_room()
+            outputs += self._mixed() or self._apart()
             self._residents.drop_ended()
         return outputs
 
@@ -100,8 +99,38 @@ class BatchingEngine:
         due = -math.inf if running or waiting else None
         return Status(due, running, waiting, self._kv.held_bytes)
 
+    def _mixed(self) -> list[Output]:
+        """Decode and read in one pass; nothing is done where that is not possible or no use."""
+        rows, can = self._residents.decoding, self._model.spec.mixes and self._pacing.step_s
+        if not can or not rows or any(row.request.deterministic for row in rows):
+            return []
+        chunks = next_chunks(self._residents, self._pacing)
+        if not chunks or is_alone(chunks[0][0]):
+            return []
+        rows, began = [*rows], time.perf_counter()
+        drafts, spans = self._drafts(rows)
+        count = sum(len(span.tokens) for span in spans)
+        try:
+            logits = self._forward([*spans, *(span_of(*chunk) for chunk in chunks)])
+        except Exception:  # noqa: BLE001  (whatever it is, it comes again or not)
+            self._log.exception("a mixed step is done apart", requests=len(rows) + len(chunks))
+            return []
+        for row in rows:
+            row.length += 1
+        running = [row.running for row in rows]
+        outputs = self._guarded(running, self._chooser.choose, drafts, logits[:count])
+        outputs += self._read(chunks, logits[count:])
+        taken_s = time.perf_counter() - began - self._pacing.step_s
+        self._pacing.read(sum(len(chunk) for _, chunk in chunks), taken_s)
+        return outputs
+
+    def _apart(self) -> list[Output]:
+        """Decode, then read."""
+        outputs = self._decode()
+        self._residents.drop_ended()
+        return outputs + self._read_on()
+
     def _decode(self) -> list[Output]:
-        self._residents.make_room()
         rows = self._residents.decoding
         batches = [[row] for row in rows if row.request.deterministic]
         batches += [[row for row in rows if not row.request.deterministic]]
@@ -116,18 +145,22 @@ class BatchingEngine:
 
     def _extend(self, rows: Sequence[Row]) -> list[Output]:
         """Run each row's last token and what is drafted behind it."""
-        drafted = [(row, self._draft(row)) for row in rows]
-        # Those of one token first: they are one rectangle.
-        drafts = dict(sorted(drafted, key=lambda pair: len(pair[1]) > 0))
-        logits = self._forward(
-            [
-                Span((row.running.tokens[-1], *draft), row.length, row.blocks, 1 + len(draft))
-                for row, draft in drafts.items()
-            ]
-        )
+        drafts, spans = self._drafts(rows)
+        logits = self._forward(spans)
         for row in rows:
             row.length += 1
         return self._chooser.choose(drafts, logits)
+
+    def _drafts(self, rows: Sequence[Row]) -> tuple[dict[Row, Sequence[int]], list[Span]]:
+        """Return what is drafted for each row, and what is run for it."""
+        drafted = [(row, self._draft(row)) for row in rows]
+        # Those of one token first: they are one rectangle.
+        drafts = dict(sorted(drafted, key=lambda pair: len(pair[1]) > 0))
+        spans = [
+            Span((row.running.tokens[-1], *draft), row.length, row.blocks, 1 + len(draft))
+            for row, draft in drafts.items()
+        ]
+        return drafts, spans
 
     def _draft(self, row: Row) -> Sequence[int]:
         """Guess what may follow, as far as there is room for it."""
@@ -146,47 +179,61 @@ class BatchingEngine:
         return draft
 
     def _read_on(self) -> list[Output]:
-        self._residents.admit(time.monotonic())
-        row = self._residents.reading
-        if row is None:
+        chunks = next_chunks(self._residents, self._pacing)
+        if not chunks:
             return []
         beside_streams = len(self._residents.decoding) > 0
-        if row.request.deterministic:
-            size = DETERMINISTIC_CHUNK_TOKENS if row.length < len(row.request.prompt) else 1
-        else:
-            size = self._pacing.chunk_tokens(beside_streams=beside_streams)
         began = time.perf_counter()
+        (row, chunk), *others = chunks
         if row.scoring:
-            chunk = row.scoring.left[:size]
             outputs = self._guarded(row.outputs, self._score, row, row.scoring, chunk)
         else:
-            chunk = row.next_tokens(size)
-            outputs = self._guarded(row.outputs, self._read, row, chunk)
-        if beside_streams and not row.request.deterministic:
-            self._pacing.read(len(chunk), time.perf_counter() - began)
+            outputs = self._read_guarded(chunks)
+        if beside_streams and (others or not row.request.deterministic):
+            count = sum(len(chunk) for _, chunk in chunks)
+            self._pacing.read(count, time.perf_counter() - began)
         return outputs
 
-    def _read(self, row: Row, chunk: Sequence[int]) -> list[Output]:
-        """Read one chunk of a prompt; with the last one its outputs begin to decode."""
-        last = row.length + len(chunk) == row.known
-        tells = row.request.prompt_logprobs and not row.running.prompt_told
-        wanted = len(chunk) if tells else int(last)
-        logits = self._forward([Span(chunk, row.length, row.blocks, wanted)])
-        row.length += len(chunk)
-        outputs = [_prompt_logprobs(row, logits)] if tells else []
-        if not last:
-            return outputs
-        self._check(row, logits[-1])
+    def _read_guarded(self, chunks: Sequence[Chunk]) -> list[Output]:
+        """Read chunks together, or one by one where that fails: it may be one row's fault."""
+        if len(chunks) > 1:
+            try:
+                return self._read_together(chunks)
+            except Exception:  # noqa: BLE001  (whatever it is, it comes again or not)
+                self._log.exception("prompts are read one by one", requests=len(chunks))
+        outputs = []
+        for row, chunk in chunks:
+            outputs += self._guarded(row.outputs, self._read_together, [(row, chunk)])
+        return outputs
+
+    def _read_together(self, chunks: Sequence[Chunk]) -> list[Output]:
+        return self._read(chunks, self._forward([span_of(*chunk) for chunk in chunks]))
+
+    def _read(self, chunks: Sequence[Chunk], logits: Tensor) -> list[Output]:
+        """Take the logits of chunks; with its last one a prompt's outputs begin to decode."""
+        parts = torch.split(logits, [span_of(*chunk).wanted for chunk in chunks])
+        outputs = []
+        for (row, chunk), part in zip(chunks, parts, strict=True):
+            row.length += len(chunk)
+            if row.tells:
+                outputs.append(_prompt_logprobs(row, part))
+            if row.length == row.known:
+                outputs += self._guarded(row.outputs, self._begin, row, part[-1])
+        return outputs
+
+    def _begin(self, row: Row, logits: Tensor) -> list[Output]:
+        """Go on after a prompt whose last logits (vocabulary) are known."""
+        self._check(row, logits)
         if row.request.continuations:
             running = row.running
-            running.scoring = running.scoring or Scoring(row.request, logits[-1].float())
+            running.scoring = running.scoring or Scoring(row.request, logits.float())
             row.scoring = running.scoring
             return self._scores(row, row.scoring)
         for running in row.outputs:
             running.prompt_told = True
-        rows = self._residents.begin()
+        rows = self._residents.begin(row)
         drafts = dict.fromkeys(rows, ())
-        return outputs + self._chooser.choose(drafts, logits[-1:].repeat(len(rows), 1))
+        return self._chooser.choose(drafts, logits.repeat(len(rows), 1))
 
     def _score(self, row: Row, scoring: Scoring, chunk: Sequence[int]) -> list[Output]:
         """Run one chunk of a continuation behind the prompt."""
@@ -203,9 +250,12 @@ class BatchingEngine:
             outputs[0] = replace(outputs[0], cached_tokens=row.running.cached_tokens)
         if scoring.done:
             outputs[-1] = self._roster.finish(row.running, outputs[-1])
-        elif self._roster.waiting and outputs and row.scored_chunks >= SCORED_CHUNKS:
+        elif outputs and row.scored_chunks >= SCORED_CHUNKS and self._others_wait():
             self._roster.requeue(row.running)
         return outputs
+
+    def _others_wait(self) -> bool:
+        return self._roster.waiting > 0 or len(self._residents.reading) > 1
 
     def _forward(self, spans: Sequence[Span]) -> Tensor:
         return self._model.forward(Batch(spans, self._kv.keys, self._kv.values))

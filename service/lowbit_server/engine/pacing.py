@@ -22,6 +22,11 @@ class Pacing:
         self._tokens = CHUNK_TOKENS
         self._step_s = 0.0
 
+    @property
+    def step_s(self) -> float:
+        """How long the last step took that only decoded, in seconds; 0 before one."""
+        return self._step_s
+
     def chunk_tokens(self, *, beside_streams: bool) -> int:
         """Return how many tokens the next chunk may have."""
         return self._tokens if beside_streams else CHUNK_TOKENS

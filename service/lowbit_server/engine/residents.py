@@ -8,6 +8,8 @@ from lowbit_server.engine.rows import Row
 from lowbit_server.models.decoder import BLOCK_TOKENS, blocks_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from lowbit_server.engine.kv_cache import KvCache
     from lowbit_server.engine.request import Running
     from lowbit_server.engine.roster import Roster
@@ -26,13 +28,17 @@ class Residents:
         self._roster = roster
         self.decoding: list[Row] = []
         """In the order in which they got their slots."""
-        self.reading: Row | None = None
-        """The row whose prompt is read, or continued for scores; it has all blocks it needs."""
+        self.reading: list[Row] = []
+        """Those whose prompts are read, or continued for scores; they have all blocks they need."""
 
-    def admit(self, now: float) -> None:
-        """Let the first of the queue read its prompt, if there is a slot and room for it."""
-        if self.reading is None:
-            self._roster.admit(now, self._fits)
+    def to_read(self, now: float) -> Iterator[Row]:
+        """Yield the rows to read in their order, and let the first of the queue be more of them.
+
+        As long as there are slots and room for them.
+        """
+        yield from tuple(self.reading)
+        while self._roster.admit(now, self._fits):
+            yield self.reading[-1]
 
     def _fits(self, group: list[Running]) -> bool:
         row = Row(group, [], 0)
@@ -42,10 +48,14 @@ class Residents:
             # The last token is always read: its logits are needed.
             row.blocks = self.kv.find(request.cache_salt, sequence[:-1])
             row.length = len(row.blocks) * BLOCK_TOKENS
+            if any(self._will_find(row, sequence, other) for other in self.reading):
+                self.kv.give_back(row.blocks)
+                return False
         scored = request.max_tokens if request.continuations else 0
         needed = blocks_of(len(sequence) + scored) - len(row.blocks)
         # A block for each that will grow beside it, or it would soon be preempted.
-        growth = len(group) + len(self.decoding) if self.decoding else 0
+        beside = len(self.decoding) + sum(len(one.outputs) for one in self.reading)
+        growth = len(group) + beside if beside else 0
         if needed + growth > self.kv.available:
             self.kv.give_back(row.blocks)
             return False
@@ -53,17 +63,23 @@ class Residents:
         for one in group:
             if not one.tokens:
                 one.cached_tokens = row.length
-        self.reading = row
+        self.reading.append(row)
         return True
 
-    def begin(self) -> list[Row]:
-        """Let each output of the prompt that was read decode; return their rows.
+    @staticmethod
+    def _will_find(row: Row, sequence: Sequence[int], other: Row) -> bool:
+        """Return whether a sequence that waits for another's prompt will find more of it."""
+        end = row.length + BLOCK_TOKENS
+        prompt, salt = other.request.prompt, other.request.cache_salt
+        same = salt == row.request.cache_salt and len(prompt) >= end
+        return same and [*prompt[:end]] == [*sequence[:end]]
+
+    def begin(self, row: Row) -> list[Row]:
+        """Let each output of a prompt that was read decode; return their rows.
 
         They share what is whole of the prompt; those without room for the rest wait.
         """
-        row = self.reading
-        assert row is not None  # noqa: S101
-        self.reading = None
+        self.reading.remove(row)
         self._publish(row)
         first, *others = row.outputs
         row.outputs = [first]
@@ -108,15 +124,15 @@ class Residents:
     def drop_ended(self) -> None:
         """Release the rows of outputs that have no slot any more."""
         live = set(self._roster.running)
-        if (row := self.reading) is not None:
+        for row in tuple(self.reading):
             left = [running for running in row.outputs if running in live]
             if left:
                 row.outputs = left
-            else:
-                if row.scoring is None:
-                    self.wipe(row)  # nobody has looked at its logits yet
-                self._release(row)
-                self.reading = None
+                continue
+            if row.scoring is None:
+                self.wipe(row)  # nobody has looked at its logits yet
+            self._release(row)
+            self.reading.remove(row)
         for row in [row for row in self.decoding if row.running not in live]:
             self._release(row)
             self.decoding.remove(row)

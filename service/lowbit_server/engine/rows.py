@@ -39,6 +39,11 @@ class Row:
         """Number of tokens of the prompt and of what was made."""
         return len(self.request.prompt) + len(self.running.tokens)
 
+    @property
+    def tells(self) -> bool:
+        """Whether the prompt's log-probabilities are asked for and were not told yet."""
+        return self.request.prompt_logprobs and not self.running.prompt_told
+
     def next_tokens(self, count: int) -> Sequence[int]:
         """Return up to `count` known tokens that are not in the cache yet.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from lowbit_server.models.decoder import Span
 
 
-# Longer spans are the work of products; those of the first tokens see each other only.
+# Longer spans are the work of products, unless there is little to see.
 _NARROW_TOKENS = 17
+_NARROW_PAIRS = 1 << 14
 
 
 class Attention:
@@ -34,10 +36,17 @@ class Attention:
         positions = [span.start + offset for span in spans for offset in range(len(span.tokens))]
         places = torch.tensor(positions, device=device)
         self._angles = shape.rope.table(places, dtype)
-        self._parts: list[_Part] = []
-        self.kernel = _kernel(spans, places, self._angles, shape)
-        if self.kernel is None:
-            self._parts = [_Part(rows, dtype) for rows in rectangles(spans, device)]
+        few = list(takewhile(_is_narrow, spans))
+        self._few_tokens = sum(len(span.tokens) for span in few)
+        self._kernel = self._made_kernel(few, places, shape)
+        if self._kernel is None:
+            few, self._few_tokens = [], 0
+        self._parts = [_Part(rows, dtype) for rows in rectangles(spans[len(few) :], device)]
+
+    @property
+    def kernel(self) -> BlockAttention | None:
+        """The compiled attention if it is that of all spans."""
+        return None if self._parts else self._kernel
 
     def attend(
         self,
@@ -54,38 +63,46 @@ class Attention:
         size), values are (tokens, KV heads, size); `cache` has keys and values (blocks, KV
         heads, BLOCK_TOKENS, size).
         """
-        if self.kernel is not None:
-            return self.kernel.attend(turned, value, cache, window=window, rotary=rotary)
-        if rotary:
+        found, few = [], self._few_tokens
+        if self._kernel is not None:
+            new = turned[:few], value[:few]
+            found.append(self._kernel.attend(*new, cache, window=window, rotary=rotary))
+        turned, value = turned[few:], value[few:]
+        if rotary and self._parts:
             turned = self._turn(turned)
-        new = turned[:, : self._heads], turned[:, self._heads :], value
-        found, first = [], 0
+        split = turned[:, : self._heads], turned[:, self._heads :], value
+        first = 0
         for part in self._parts:
             tokens = slice(first, first + part.rows.positions.numel())
-            query, key, own = (one[tokens] for one in new)
+            query, key, own = (one[tokens] for one in split)
             found.append(part.attend((query, key, own), cache, window))
             first = tokens.stop
         return found[0] if len(found) == 1 else torch.cat(found)
 
+    def _made_kernel(
+        self, spans: Sequence[Span], positions: Tensor, shape: Architecture
+    ) -> BlockAttention | None:
+        """Return the compiled attention of some spans, None where there is none for them."""
+        if not spans:
+            return None
+        rows = [row for row, span in enumerate(spans) for _ in span.tokens]
+        places = positions[: len(rows)], torch.tensor(rows), block_table(spans, positions.device)
+        angles = self._angles[0][: len(rows)], self._angles[1][: len(rows)]
+        try:
+            return BlockAttention(places, angles, (shape.heads, shape.kv_heads, shape.head_size))
+        except NotImplementedError:
+            return None
+
     def _turn(self, heads: Tensor) -> Tensor:
         """Return heads (tokens, heads, head size) at the angles of their positions."""
-        cosine, sine = self._angles
+        cosine, sine = (one[self._few_tokens :] for one in self._angles)
         turned = heads.roll(heads.shape[-1] // 2, -1).mul_(sine)
         return turned.add_(heads * cosine)
 
 
-def _kernel(
-    spans: Sequence[Span], positions: Tensor, angles: tuple[Tensor, Tensor], shape: Architecture
-) -> BlockAttention | None:
-    """Return the compiled attention where there is one for such spans."""
-    if any(not span.start or len(span.tokens) > _NARROW_TOKENS for span in spans):
-        return None
-    rows = [row for row, span in enumerate(spans) for _ in span.tokens]
-    places = positions, torch.tensor(rows), block_table(spans, positions.device)
-    try:
-        return BlockAttention(places, angles, (shape.heads, shape.kv_heads, shape.head_size))
-    except NotImplementedError:
-        return None
+def _is_narrow(span: Span) -> bool:
+    count = len(span.tokens)
+    return count <= _NARROW_TOKENS or count * (span.start + count) <= _NARROW_PAIRS
 
 
 class _Part:

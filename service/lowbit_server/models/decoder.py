@@ -37,6 +37,8 @@ class ModelSpec:
     device: torch.device
     context_tokens: int
     vocab_size: int
+    mixes: bool = False
+    """Whether chunks of prompts take less time in one pass with the tokens of streams."""
 
     @property
     def token_bytes(self) -> int:

@@ -22,7 +22,7 @@ from lowbit_server.models.checkpoint import EMBEDDING
 from lowbit_server.models.decoder import LayerShape, ModelSpec
 from lowbit_server.models.linears import linear
 from lowbit_server.models.measure import live_bytes
-from lowbit_server.models.products import ProductLinear
+from lowbit_server.models.products import WIDE_TOKENS, ProductLinear
 
 if TYPE_CHECKING:
     from lowbit_server.models.architecture import Architecture
@@ -157,6 +157,7 @@ class FusedModel(nn.Module):
             device=self._embedding.device,
             context_tokens=min(context_tokens, shape.context_tokens),
             vocab_size=shape.vocab_size,
+            mixes=self._compiled is not None and have_tiles(),
         )
 
     @property
@@ -186,7 +187,8 @@ class FusedModel(nn.Module):
 
     def _add_layers(self, hidden: Tensor, attention: Attention, batch: Batch) -> None:
         compiled = self._compiled
-        if compiled is not None and attention.kernel is not None:
+        can = have_tiles() or len(hidden) < WIDE_TOKENS
+        if compiled is not None and attention.kernel is not None and can:
             compiled.add(hidden, attention.kernel, batch.keys, batch.values)
             return
         for layer, *cache in zip(self._layers, batch.keys, batch.values, strict=True):

@@ -27,8 +27,9 @@ class CountingModel:
     the last row.
     """
 
-    def __init__(self, context_tokens: int = 4096) -> None:
-        self.spec = ModelSpec(SHAPES, torch.float32, torch.device("cpu"), context_tokens, VOCAB)
+    def __init__(self, context_tokens: int = 4096, *, mixes: bool = False) -> None:
+        cpu = torch.device("cpu")
+        self.spec = ModelSpec(SHAPES, torch.float32, cpu, context_tokens, VOCAB, mixes)
         self.batches: list[Batch] = []
         self.fails: set[int] = set()
         self.breaks: set[int] = set()

@@ -104,11 +104,11 @@ def check_output(
 
 
 @settings(deadline=None)
-@given(arrivals=arrivals, slots=st.integers(1, 5), blocks=st.integers(2, 96))
+@given(arrivals=arrivals, slots=st.integers(1, 5), blocks=st.integers(2, 96), mixes=st.booleans())
 def test_every_request_gets_its_own_tokens_and_ends_once(
-    arrivals: list[Arrival], slots: int, blocks: int
+    arrivals: list[Arrival], slots: int, blocks: int, *, mixes: bool
 ) -> None:
-    model = CountingModel(context_tokens=1200)
+    model = CountingModel(context_tokens=1200, mixes=mixes)
     budget_tokens = blocks * BLOCK_TOKENS
     engine = make(model, slots=slots, tokens=budget_tokens)
     log = Log()
@@ -330,3 +330,51 @@ def test_log_probabilities_are_of_the_models_own_logits() -> None:
     assert found.logprob == pytest.approx(expected_logprob(given_tokens, other), abs=1e-5)
     assert found.top_ids == (likeliest,)
     assert second.logprobs == ()
+
+
+def test_prompts_are_read_with_the_tokens_of_streams_where_that_saves_time() -> None:
+    model = CountingModel(mixes=True)
+    engine, log = make(model), Log()
+    log.add(engine.submit(Request(1, prompt(1, 5), 20)))
+    while engine.status().running + engine.status().waiting and len(model.batches) < 4:
+        log.add(engine.step())
+    for number in (2, 3):
+        log.add(engine.submit(Request(number, prompt(number, 6), 3)))
+    before = len(model.batches)
+    log.add(engine.step())
+    assert [len(span.tokens) for span in model.batches[before].spans] == [1, 6, 6]
+    assert len(model.batches) == before + 1
+    run(engine, log)
+    for number, length, count in ((1, 5, 20), (2, 6, 3), (3, 6, 3)):
+        assert log.all_tokens[number, 0] == expected(prompt(number, length), count)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_pass_that_fails_for_several_is_done_for_each(*, mixes: bool) -> None:
+    model = CountingModel(mixes=mixes)
+    engine, log = make(model), Log()
+    log.add(engine.submit(Request(1, prompt(1, 5), 20)))
+    for _ in range(3):
+        log.add(engine.step())
+    for number in (2, 3):
+        log.add(engine.submit(Request(number, prompt(number, 6), 3)))
+    # The pass for all; without mixing the first is that of the stream.
+    joint = len(model.batches) + (0 if mixes else 1)
+    # Then come, one by one: the stream (again), both prompts together, the first prompt.
+    model.fails = {joint, joint + 1} if not mixes else {joint, joint + 2, joint + 3}
+    run(engine, log)
+    failed = [number for number in (1, 2, 3) if "broke" in str(log.all_ends[number, 0][-1])]
+    assert failed == [2]
+    for number, length, count in ((1, 5, 20), (3, 6, 3)):
+        assert log.all_tokens[number, 0] == expected(prompt(number, length), count)
+
+
+def test_a_prompt_that_begins_like_one_that_is_read_waits_for_it() -> None:
+    model = CountingModel()
+    engine, log = make(model), Log()
+    shared = prompt(1, 2 * BLOCK_TOKENS)
+    for number in (1, 2):
+        log.add(engine.submit(Request(number, (*shared, number), 2)))
+    run(engine, log)
+    reads = [len(span.tokens) for batch in model.batches for span in batch.spans][:2]
+    assert reads == [2 * BLOCK_TOKENS + 1, 1]

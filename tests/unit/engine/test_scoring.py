@@ -162,7 +162,8 @@ def test_a_score_of_many_gives_way_to_those_who_wait() -> None:
         made = [one for output in outputs if output.request == number for one in output.token_ids]
         assert made == expected((number,), 3)
     # Once more after the others came, and never again while nobody waits.
-    assert [tuple(batch.spans[0].tokens) for batch in model.batches].count(PROMPT) == 2
+    spans = [tuple(span.tokens) for batch in model.batches for span in batch.spans]
+    assert spans.count(PROMPT) == 2
 
 
 def test_a_score_that_waits_again_can_be_cancelled() -> None:
@@ -170,9 +171,7 @@ def test_a_score_that_waits_again_can_be_cancelled() -> None:
     engine.submit(request(((1, 2, 3),) * (2 * SCORED_CHUNKS)))
     engine.step()
     engine.submit(Request(2, (2,), 500))
-    outputs: list[Output] = []
-    while not any(output.request == 2 for output in outputs):
-        outputs = engine.step()
-    assert engine.status().waiting == 1
+    while engine.status().waiting < 2:
+        engine.step()
     assert engine.cancel(1) == [Output(1, finish=Finish.CANCELLED)]
-    assert (engine.status().running, engine.status().waiting) == (1, 0)
+    assert (engine.status().running, engine.status().waiting) == (0, 1)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit_server.engine.batching import DETERMINISTIC_CHUNK_TOKENS, BatchingEngine
+from lowbit_server.engine.batching import BatchingEngine
 from lowbit_server.engine.lookup import PromptLookup
+from lowbit_server.engine.reading import DETERMINISTIC_CHUNK_TOKENS
 from lowbit_server.engine.request import Finish, Output, Request, Sampling
 from lowbit_server.models.decoder import BLOCK_TOKENS
 from tests.unit.engine.counting import VOCAB, CountingModel, expected
@@ -168,11 +169,11 @@ arrivals = st.lists(
 
 
 @settings(deadline=None, max_examples=60)
-@given(arrivals=arrivals, blocks=st.integers(6, 24))
+@given(arrivals=arrivals, blocks=st.integers(6, 24), mixes=st.booleans())
 def test_whatever_is_shared_drafted_or_preempted_each_output_is_as_if_alone(
-    arrivals: list[Arrival], blocks: int
+    arrivals: list[Arrival], blocks: int, *, mixes: bool
 ) -> None:
-    engine = make(CountingModel(), slots=5, blocks=blocks)
+    engine = make(CountingModel(mixes=mixes), slots=5, blocks=blocks)
     made: dict[tuple[int, int], list[int]] = {}
     told = dict.fromkeys(range(len(arrivals)), 0)
     ends: list[tuple[int, int]] = []

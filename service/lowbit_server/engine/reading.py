@@ -1,0 +1,54 @@
+"""What a step reads of prompts."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, TypeAlias
+
+from lowbit_server.engine.pacing import LEAST_TOKENS
+from lowbit_server.models.decoder import Span
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lowbit_server.engine.pacing import Pacing
+    from lowbit_server.engine.residents import Residents
+    from lowbit_server.engine.rows import Row
+
+    Chunk: TypeAlias = tuple[Row, Sequence[int]]
+
+DETERMINISTIC_CHUNK_TOKENS = 64
+"""What a deterministic prompt is read in, whoever runs beside it."""
+
+
+def next_chunks(residents: Residents, pacing: Pacing) -> list[Chunk]:
+    """Return what is read next: of one row, or of as many prompts as there is room for."""
+    left = pacing.chunk_tokens(beside_streams=len(residents.decoding) > 0)
+    chunks: list[Chunk] = []
+    for row in residents.to_read(time.monotonic()):
+        if is_alone(row):
+            return chunks or [(row, _chunk_alone(row, left))]
+        chunk = row.next_tokens(left)
+        chunks.append((row, chunk))
+        left -= len(chunk)
+        if left < LEAST_TOKENS:
+            break
+    return chunks
+
+
+def is_alone(row: Row) -> bool:
+    """Return whether a row is read in passes of its own."""
+    request = row.request
+    return row.scoring is not None or request.deterministic or request.prompt_logprobs
+
+
+def span_of(row: Row, chunk: Sequence[int]) -> Span:
+    """Return the pass over a chunk of a prompt."""
+    wanted = len(chunk) if row.tells else int(row.length + len(chunk) == row.known)
+    return Span(chunk, row.length, row.blocks, wanted)
+
+
+def _chunk_alone(row: Row, size: int) -> Sequence[int]:
+    if row.request.deterministic:
+        size = DETERMINISTIC_CHUNK_TOKENS if row.length < len(row.request.prompt) else 1
+    return row.scoring.left[:size] if row.scoring else row.next_tokens(size)
