@@ -74,7 +74,10 @@ bench-clients: $(READY) ## Measure how many tokens a second each SDK reads
 
 bench-engine: .interop/vllm/.ready .interop/llamacpp/.ready .interop/openvino/.ready ## Measure generation beside other systems
 	@test -d .models/smollm2-bf16 || $(BIN)/python -m pytest -q tests/models/test_quant_rtn.py -k real
-	$(BIN)/python -m benchmarks.engine $(BENCH_FLAGS)
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.engine --json build/engine.json $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.engine_plot build/engine.json build/engine.png
+	$(BIN)/python -m benchmarks.memory_bound
 
 bench-quantize: .interop/gptqmodel/.ready ## Measure our quantizers beside gptqmodel's
 	@test -d .models/smollm2-bf16 || $(BIN)/python -m pytest -q tests/models/test_quant_rtn.py -k real

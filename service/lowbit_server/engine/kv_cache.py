@@ -7,6 +7,8 @@ and go in the order of their last use.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from array import array
 from collections import OrderedDict
 from hashlib import blake2b
@@ -42,7 +44,9 @@ class KvCache:
 
         def empty(heads: int, dim: int) -> Tensor:
             shape = (self.blocks, heads, BLOCK_TOKENS, dim)
-            return torch.empty(shape, dtype=spec.dtype, device=spec.device)
+            pool = torch.empty(shape, dtype=spec.dtype, device=spec.device)
+            _keep_pages_small(pool)
+            return pool
 
         self.keys = [empty(one.heads, one.key_dim) for one in spec.layers]
         self.values = [empty(one.heads, one.value_dim) for one in spec.layers]
@@ -135,6 +139,21 @@ class KvCache:
             tensor[first : self._touched].zero_()
         # The lowest are taken first.
         self._free[:0] = reversed(range(first, self._touched))
+
+
+def _keep_pages_small(pool: Tensor) -> None:
+    """Ask Linux for no large pages for a pool: clearing one when it is first touched takes long.
+
+    All layers' pools reach their next page in the same step.
+    """
+    advice = getattr(mmap, "MADV_NOHUGEPAGE", None)
+    if pool.device.type != "cpu" or advice is None:
+        return
+    page = mmap.PAGESIZE
+    first = -(-pool.data_ptr() // page) * page
+    size = (pool.data_ptr() + pool.nbytes - first) // page * page
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
 
 
 def _digests(salt: bytes, tokens: Sequence[int]) -> Iterator[bytes]:
