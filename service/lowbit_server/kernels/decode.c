@@ -197,10 +197,11 @@ static void begin(struct worker *worker, const struct decoder *decoder, int64_t 
                      + omp_get_thread_num() * memory.inputs;
 }
 
-/* Writes queries, keys and values of hidden states (tokens, hidden) in layer `number`. Returns 0,
-   and writes nothing, without memory. */
-int lowbit_project(const struct decoder *decoder, int64_t number, int64_t tokens, int64_t threads,
-                   const uint16_t *hidden, uint16_t *qkv)
+/* Does one part of layer `number` for all tokens. Returns 0, and does nothing, without memory. */
+static int in_layer(void part(struct worker *, const struct decoder_layer *, const uint16_t *,
+                              uint16_t *),
+                    const struct decoder *decoder, int64_t number, int64_t tokens,
+                    int64_t threads, const uint16_t *from, uint16_t *to)
 {
     struct memory memory = memory_for(decoder, tokens, threads);
     if (!memory.all)
@@ -209,29 +210,23 @@ int lowbit_project(const struct decoder *decoder, int64_t number, int64_t tokens
     {
         struct worker worker;
         begin(&worker, decoder, tokens, memory);
-        project(&worker, decoder->of + number, hidden, qkv);
+        part(&worker, decoder->of + number, from, to);
         lowbit_release();
     }
     free(memory.all);
     return 1;
 }
 
-/* Adds to hidden states what follows from what attention has found (tokens, heads * size). */
+int lowbit_project(const struct decoder *decoder, int64_t number, int64_t tokens, int64_t threads,
+                   const uint16_t *hidden, uint16_t *qkv)
+{
+    return in_layer(project, decoder, number, tokens, threads, hidden, qkv);
+}
+
 int lowbit_conclude(const struct decoder *decoder, int64_t number, int64_t tokens,
                     int64_t threads, const uint16_t *found, uint16_t *hidden)
 {
-    struct memory memory = memory_for(decoder, tokens, threads);
-    if (!memory.all)
-        return 0;
-#pragma omp parallel num_threads(threads)
-    {
-        struct worker worker;
-        begin(&worker, decoder, tokens, memory);
-        conclude(&worker, decoder->of + number, found, hidden);
-        lowbit_release();
-    }
-    free(memory.all);
-    return 1;
+    return in_layer(conclude, decoder, number, tokens, threads, found, hidden);
 }
 
 /* Adds what all layers find to hidden states (tokens, hidden), in place. Returns 0, and changes
