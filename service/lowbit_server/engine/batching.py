@@ -101,8 +101,9 @@ class BatchingEngine:
 
     def _mixed(self) -> list[Output]:
         """Decode and read in one pass; nothing is done where that is not possible or no use."""
-        rows, can = self._residents.decoding, self._model.spec.mixes and self._pacing.step_s
-        if not can or not rows or any(row.request.deterministic for row in rows):
+        rows = self._residents.decoding
+        step_s = self._pacing.step_s(len(rows)) if self._model.spec.mixes and rows else None
+        if step_s is None or any(row.request.deterministic for row in rows):
             return []
         chunks = next_chunks(self._residents, self._pacing)
         if not chunks or is_alone(chunks[0][0]):
@@ -120,7 +121,7 @@ class BatchingEngine:
         running = [row.running for row in rows]
         outputs = self._guarded(running, self._chooser.choose, drafts, logits[:count])
         outputs += self._read(chunks, logits[count:])
-        taken_s = time.perf_counter() - began - self._pacing.step_s
+        taken_s = time.perf_counter() - began - step_s
         self._pacing.read(sum(len(chunk) for _, chunk in chunks), taken_s)
         return outputs
 
@@ -140,7 +141,7 @@ class BatchingEngine:
             running = [row.running for row in batch]
             outputs += self._guarded(running, self._extend, batch)
         if rows:
-            self._pacing.decoded(time.perf_counter() - began)
+            self._pacing.decoded(time.perf_counter() - began, len(rows))
         return outputs
 
     def _extend(self, rows: Sequence[Row]) -> list[Output]:
@@ -189,7 +190,9 @@ class BatchingEngine:
             outputs = self._guarded(row.outputs, self._score, row, row.scoring, chunk)
         else:
             outputs = self._read_guarded(chunks)
-        if beside_streams and (others or not row.request.deterministic):
+        # Where passes are mixed, one apart from the streams says nothing of the others.
+        paced = beside_streams and not self._model.spec.mixes
+        if paced and (others or not row.request.deterministic):
             count = sum(len(chunk) for _, chunk in chunks)
             self._pacing.read(count, time.perf_counter() - began)
         return outputs

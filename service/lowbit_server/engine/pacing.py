@@ -8,6 +8,9 @@ LEAST_TOKENS = 16
 """Fewer hardly take less time: the weights are read all the same."""
 
 
+_LIKE = 1.25
+
+
 class Pacing:
     """Chooses chunks that take about as long as a decoding step.
 
@@ -21,19 +24,23 @@ class Pacing:
         """Begin with the largest chunks."""
         self._tokens = CHUNK_TOKENS
         self._step_s = 0.0
+        self._step_rows = 0
 
-    @property
-    def step_s(self) -> float:
-        """How long the last step took that only decoded, in seconds; 0 before one."""
-        return self._step_s
+    def step_s(self, rows: int) -> float | None:
+        """Return about how long a step takes that only decodes so many rows, in seconds.
+
+        None where none of nearly as many was seen, which it takes to know how long a chunk takes
+        that is read in one pass with them.
+        """
+        return self._step_s if rows <= self._step_rows * _LIKE else None
 
     def chunk_tokens(self, *, beside_streams: bool) -> int:
         """Return how many tokens the next chunk may have."""
         return self._tokens if beside_streams else CHUNK_TOKENS
 
-    def decoded(self, seconds: float) -> None:
-        """Note how long a decoding step took."""
-        self._step_s = seconds
+    def decoded(self, seconds: float, rows: int) -> None:
+        """Note how long a step took that only decoded so many rows."""
+        self._step_s, self._step_rows = seconds, rows
 
     def read(self, tokens: int, seconds: float) -> None:
         """Note how long a chunk took that was read beside streams."""

@@ -17,7 +17,7 @@ def test_chunks_settle_within_a_step_where_they_can(step: float, base: float, ea
     pacing = Pacing()
     sizes = []
     for _ in range(40):
-        pacing.decoded(step / 1e3)
+        pacing.decoded(step / 1e3, 1)
         size = pacing.chunk_tokens(beside_streams=True)
         pacing.read(size, (base + size * each) / 1e3)
         sizes.append(size)
@@ -35,7 +35,7 @@ def test_chunks_settle_within_a_step_where_they_can(step: float, base: float, ea
 
 def test_a_prompt_alone_is_read_in_the_largest_chunks() -> None:
     pacing = Pacing()
-    pacing.decoded(0.01)
+    pacing.decoded(0.01, 1)
     pacing.read(CHUNK_TOKENS, 1.0)
     assert pacing.chunk_tokens(beside_streams=True) == CHUNK_TOKENS // 2
     assert pacing.chunk_tokens(beside_streams=False) == CHUNK_TOKENS
@@ -43,9 +43,17 @@ def test_a_prompt_alone_is_read_in_the_largest_chunks() -> None:
 
 def test_the_rest_of_a_prompt_says_little_of_larger_chunks() -> None:
     pacing = Pacing()
-    pacing.decoded(0.01)
+    pacing.decoded(0.01, 1)
     for _ in range(3):
         pacing.read(CHUNK_TOKENS, 1.0)
     size = pacing.chunk_tokens(beside_streams=True)
     pacing.read(3, 0.001)
     assert pacing.chunk_tokens(beside_streams=True) == size
+
+
+def test_steps_of_far_fewer_rows_say_nothing_of_a_larger_one() -> None:
+    pacing = Pacing()
+    assert pacing.step_s(1) is None
+    pacing.decoded(0.01, 8)
+    assert pacing.step_s(10) == 0.01
+    assert pacing.step_s(11) is None
