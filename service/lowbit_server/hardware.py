@@ -1,7 +1,9 @@
-"""What the host's processors are called and what they can do."""
+"""What the host's processors are called and can do, and what its memory is asked for."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import platform
 from pathlib import Path
 
@@ -14,6 +16,18 @@ def processor_name() -> str:
 def multiplies_bfloat16() -> bool:
     """Return whether the processor has the instructions that our compiled products need."""
     return "avx512_bf16" in _cpuinfo("flags").split()
+
+
+def advise(address: int, size: int, advice: str) -> None:
+    """Advise Linux on the whole pages among `size` bytes, by a name of mmap such as MADV_DONTNEED.
+
+    Other systems, and kernels that know no such advice, go on without.
+    """
+    number = getattr(mmap, advice, None)
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    whole = (address + size - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if number is not None and whole > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), number)
 
 
 def _cpuinfo(key: str) -> str:

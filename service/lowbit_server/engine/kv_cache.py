@@ -7,8 +7,6 @@ and go in the order of their last use.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from array import array
 from collections import OrderedDict
 from hashlib import blake2b
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lowbit_server.hardware import advise
 from lowbit_server.models.decoder import BLOCK_TOKENS
 
 if TYPE_CHECKING:
@@ -45,7 +44,10 @@ class KvCache:
         def empty(heads: int, dim: int) -> Tensor:
             shape = (self.blocks, heads, BLOCK_TOKENS, dim)
             pool = torch.empty(shape, dtype=spec.dtype, device=spec.device)
-            _keep_pages_small(pool)
+            if spec.device.type == "cpu":
+                # Clearing a large page when it is first touched takes long, and all layers'
+                # pools reach their next page in the same step.
+                advise(pool.data_ptr(), pool.nbytes, "MADV_NOHUGEPAGE")
             return pool
 
         self.keys = [empty(one.heads, one.key_dim) for one in spec.layers]
@@ -139,21 +141,6 @@ class KvCache:
             tensor[first : self._touched].zero_()
         # The lowest are taken first.
         self._free[:0] = reversed(range(first, self._touched))
-
-
-def _keep_pages_small(pool: Tensor) -> None:
-    """Ask Linux for no large pages for a pool: clearing one when it is first touched takes long.
-
-    All layers' pools reach their next page in the same step.
-    """
-    advice = getattr(mmap, "MADV_NOHUGEPAGE", None)
-    if pool.device.type != "cpu" or advice is None:
-        return
-    page = mmap.PAGESIZE
-    first = -(-pool.data_ptr() // page) * page
-    size = (pool.data_ptr() + pool.nbytes - first) // page * page
-    if size > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
 
 
 def _digests(salt: bytes, tokens: Sequence[int]) -> Iterator[bytes]:

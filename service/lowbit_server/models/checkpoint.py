@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from lowbit_server.hardware import advise
 from lowbit_server.models.grouped_loading import IGNORED, is_grouped, read_grouped
 from lowbit_server.models.linears import linear
 from lowbit_server.models.weights import Bnb4BitWeight, Int8Weight, Weight
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 EMBEDDING = "model.embed_tokens.weight"
 _INT8_FORMAT = "weight_format"
+_CODES = (torch.int8, torch.uint8, torch.int32)
 
 
 class Checkpoint:
@@ -38,6 +40,8 @@ class Checkpoint:
         self._device = device
         self._quantization = getattr(config, "quantization_config", None) or {}
         self._reader = TensorReader(shards(folder))
+        # Those in the mapped file, whose pages would count as this process's.
+        self._codes: list[Tensor] = []
         self.left = set(self._reader.entries)
         """Names of tensors that were not read."""
         if is_grouped(config):
@@ -55,7 +59,9 @@ class Checkpoint:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the files; what was read stays."""
+        """Close the files; what was read stays, but for codes, which modules have packed anew."""
+        for codes in self._codes:
+            advise(codes.data_ptr(), codes.nbytes, "MADV_DONTNEED")
         self._reader.__exit__(kind, error, trace)
 
     def tensor(self, name: str, *shape: int) -> Tensor:
@@ -112,6 +118,8 @@ class Checkpoint:
             raise ValueError(f"the checkpoint has no {name}")
         self.left.remove(name)
         tensor = self._reader.tensor(name)
+        if tensor.dtype in _CODES:
+            self._codes.append(tensor)
         if tensor.data_ptr() % ALIGNMENT_BYTES:  # kernels may crash on it (see `store.tensors`)
             tensor = tensor.clone()
         return tensor.to(self._device)
