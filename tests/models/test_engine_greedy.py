@@ -13,6 +13,7 @@ from lowbit_server.engine.batching import BatchingEngine
 from lowbit_server.engine.request import Request
 from lowbit_server.models.measure import live_bytes
 from lowbit_server.models.transformers import TransformersModel, place
+from tests.models.ties import parts_at_a_tie
 from tests.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -113,7 +114,10 @@ def test_a_request_alone_equals_generate(folder: Path, dtype: torch.dtype) -> No
     for prompt in prompts(SMALL["vocab_size"]):
         wanted = generate(model, prompt)
         assert len(set(wanted)) > 3
-        assert play(decoder, [prompt]) == [wanted]
+        (made,) = play(decoder, [prompt])
+        # On some CPUs torch's bfloat16 kernels round otherwise for a cache of another layout.
+        assert made == wanted or dtype is torch.bfloat16
+        parts_at_a_tie(model, prompt, made, wanted)
 
 
 def test_requests_in_a_batch_equal_generate(folder: Path) -> None:

@@ -183,9 +183,8 @@ def test_quality_is_measured_on_request(store: Store, tmp_path: Path) -> None:
             with torch.inference_mode():
                 scores = model(torch.tensor([window])).logits[0, :-1].double().log_softmax(1)
             nll -= float(scores[range(len(window) - 1), window[1:]].sum())
-        # bitsandbytes' own kernel rounds scales to bfloat16.
-        close = 1e-5 if folder == base else 1e-3
-        assert found == pytest.approx(torch.tensor(nll / quality.tokens).exp().item(), rel=close)
+        # Plain modules run on kernels of torch and bitsandbytes, which round otherwise.
+        assert found == pytest.approx(torch.tensor(nll / quality.tokens).exp().item(), rel=1e-3)
     done = [report for report in store.progress if report.phase == "evaluate"][-1]
     assert (done.done, done.total) == (len(windows), len(windows))
 
