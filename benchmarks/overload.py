@@ -154,6 +154,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = options.model or scripted_model(Path(folder, "source"), step_ms=STEP_MS)
+        source = source.resolve()
         environment = {
             "LOWBIT_IMPORT_ROOTS": str(source.parent),
             "LOWBIT_MAX_ADMITTED_REQUESTS": str(SLOTS),
