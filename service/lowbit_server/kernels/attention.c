@@ -153,8 +153,8 @@ static ALWAYS_INLINE void attend_sized(const struct batch *batch, const struct l
         attend(batch, layer, token, group, bf16, batch->size);
 }
 
-MULTIVERSION void lowbit_keep(const struct batch *batch, const struct layer *layer,
-                              int64_t token, int64_t group)
+MULTIVERSION static void keep_any(const struct batch *batch, const struct layer *layer,
+                                  int64_t token, int64_t group)
 {
     if (batch->is_bf16)
         keep(batch, layer, token, group, 1);
@@ -162,8 +162,8 @@ MULTIVERSION void lowbit_keep(const struct batch *batch, const struct layer *lay
         keep(batch, layer, token, group, 0);
 }
 
-MULTIVERSION void lowbit_find(const struct batch *batch, const struct layer *layer,
-                              int64_t token, int64_t group)
+MULTIVERSION static void attend_any(const struct batch *batch, const struct layer *layer,
+                                    int64_t token, int64_t group)
 {
     if (batch->is_bf16)
         attend_sized(batch, layer, token, group, 1);
@@ -171,17 +171,20 @@ MULTIVERSION void lowbit_find(const struct batch *batch, const struct layer *lay
         attend_sized(batch, layer, token, group, 0);
 }
 
-void lowbit_attend(const struct batch *batch, const struct layer *layer)
+void lowbit_attend_together(const struct batch *batch, const struct layer *layer)
 {
     int64_t groups = batch->groups, tasks = batch->tokens * groups;
-#pragma omp parallel num_threads(batch->threads)
-    {
-        /* All keys first: several tokens may be of one sequence. */
+    /* All keys first: several tokens may be of one sequence. */
 #pragma omp for schedule(static)
-        for (int64_t task = 0; task < tasks; task++)
-            lowbit_keep(batch, layer, task / groups, task % groups);
+    for (int64_t task = 0; task < tasks; task++)
+        keep_any(batch, layer, task / groups, task % groups);
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < tasks; task++)
-            lowbit_find(batch, layer, task / groups, task % groups);
-    }
+    for (int64_t task = 0; task < tasks; task++)
+        attend_any(batch, layer, task / groups, task % groups);
+}
+
+void lowbit_attend(const struct batch *batch, const struct layer *layer)
+{
+#pragma omp parallel num_threads(batch->threads)
+    lowbit_attend_together(batch, layer);
 }

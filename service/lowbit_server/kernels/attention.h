@@ -1,4 +1,4 @@
-/* Attention of a few tokens, one head at a time. */
+/* Attention of a few tokens. */
 
 #ifndef LOWBIT_ATTENTION_H
 #define LOWBIT_ATTENTION_H
@@ -26,12 +26,8 @@ struct layer {
     int64_t window, rotary; /* a window of 0 sees everything */
 };
 
-/* Puts one head of one token's keys and values into the cache. */
-void lowbit_keep(const struct batch *batch, const struct layer *layer, int64_t token,
-                 int64_t group);
-
-/* Computes what the queries of one token that share keys find, all keys being in the cache. */
-void lowbit_find(const struct batch *batch, const struct layer *layer, int64_t token,
-                 int64_t group);
+/* Stores the keys and values of all tokens, then finds what their queries see: the share of this
+   thread of a parallel region. Ends with all threads together. */
+void lowbit_attend_together(const struct batch *batch, const struct layer *layer);
 
 #endif

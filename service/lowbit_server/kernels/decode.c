@@ -255,15 +255,7 @@ int lowbit_decode(const struct decoder *decoder, const struct batch *batch,
                 value_pools[number], found, layer->window, layer->rotary,
             };
             project(&worker, layer, hidden, qkv);
-            /* All keys first: several tokens may be of one sequence. */
-#pragma omp for schedule(static) collapse(2)
-            for (int64_t token = 0; token < tokens; token++)
-                for (int64_t group = 0; group < groups; group++)
-                    lowbit_keep(batch, &heads, token, group);
-#pragma omp for schedule(dynamic) collapse(2)
-            for (int64_t token = 0; token < tokens; token++)
-                for (int64_t group = 0; group < groups; group++)
-                    lowbit_find(batch, &heads, token, group);
+            lowbit_attend_together(batch, &heads);
             conclude(&worker, layer, found, hidden);
         }
         lowbit_release();
