@@ -13,6 +13,7 @@ from lowbit_server.engine.batching import BatchingEngine
 from lowbit_server.engine.request import Request
 from lowbit_server.models.loading import load
 from lowbit_server.worker.allocator import keep_freed_memory
+from lowbit_server.worker.memory import page_out_cuda
 
 KV_BYTES = 1 << 29
 CONTEXT_TOKENS = 4096
@@ -23,6 +24,7 @@ def make(folder: str) -> protocol.Run:
     """Load a folder of the store."""
     torch.set_num_threads(2)
     keep_freed_memory()
+    page_out_cuda()
     model = load(Path(folder), "cpu", CONTEXT_TOKENS)
     engine = BatchingEngine(model, MAX_RUNNING, KV_BYTES)
 

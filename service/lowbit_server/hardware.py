@@ -5,7 +5,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import platform
+import sys
 from pathlib import Path
+
+# Advice of Linux 5.4 that Python's mmap has no name for.
+_NUMBERS = {"MADV_PAGEOUT": 21} if sys.platform == "linux" else {}
 
 
 def processor_name() -> str:
@@ -19,11 +23,11 @@ def multiplies_bfloat16() -> bool:
 
 
 def advise(address: int, size: int, advice: str) -> None:
-    """Advise Linux on the whole pages among `size` bytes, by a name of mmap such as MADV_DONTNEED.
+    """Advise Linux on the whole pages among `size` bytes, by a name of C such as MADV_DONTNEED.
 
     Other systems, and kernels that know no such advice, go on without.
     """
-    number = getattr(mmap, advice, None)
+    number = getattr(mmap, advice, _NUMBERS.get(advice))
     first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     whole = (address + size - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if number is not None and whole > 0:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from tokenizers import Tokenizer
 
@@ -52,6 +53,21 @@ def test_weights_are_measured_used_and_given_back(smollm2_bf16: Path, tmp_path: 
         front.wait_for("unloaded")
         freed_bytes = live.resident_bytes - pong(front).resident_bytes
         assert freed_bytes > 0.8 * loaded.live_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked to page out")
+def test_a_worker_without_a_gpu_keeps_no_pages_of_cuda(smollm2_bf16: Path, tmp_path: Path) -> None:
+    with attached(tmp_path, 1 << 28) as front:
+        front.load("smollm2", smollm2_bf16)
+        front.wait_for("loaded")
+        [worker] = [
+            one for one in psutil.Process().children() if str(tmp_path) in " ".join(one.cmdline())
+        ]
+        maps = worker.memory_maps(grouped=False)
+        resident = [one.rss - one.anonymous for one in maps if "/nvidia/" in one.path]
+        if not resident:
+            pytest.skip("this build of torch has no CUDA")
+        assert sum(resident) < 20 << 20
 
 
 def test_a_kv_cache_without_room_fails_the_load(smollm2_bf16: Path, tmp_path: Path) -> None:

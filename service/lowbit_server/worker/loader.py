@@ -12,7 +12,7 @@ from lowbit.v1.model_pb2 import LoadPhase
 from lowbit_server.engine.scripted import ScriptedConfig, ScriptedEngine
 from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
 from lowbit_server.worker.inbox import Item, LoadAdvanced, LoadFailed, LoadSucceeded, Ticket
-from lowbit_server.worker.memory import release_memory
+from lowbit_server.worker.memory import page_out_cuda, release_memory
 
 if TYPE_CHECKING:
     from queue import Queue
@@ -105,6 +105,8 @@ class Loader:
         from lowbit_server.models.loading import load  # noqa: PLC0415
 
         settings = self._settings
+        if settings.device == "cpu":
+            page_out_cuda()
         torch.set_num_threads(settings.threads)
         decoder = load(ticket.path, settings.device, manifest.context_tokens)
         self._report(ticket, LoadPhase.LOAD_PHASE_WARM_UP, 0)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from pathlib import Path
+
+import psutil
+
+from lowbit_server.hardware import advise
 
 
 def release_memory() -> None:
@@ -17,3 +22,18 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def page_out_cuda() -> None:
+    """Let the system have the pages of CUDA's libraries, some 150 MiB.
+
+    torch has them read in when it is imported, where there is no GPU too. Pages that are
+    needed after all come again.
+    """
+    if sys.platform != "linux":
+        return
+    for mapping in psutil.Process().memory_maps(grouped=False):
+        path = Path(mapping.path)
+        if "nvidia" in path.parts or "cuda" in path.name:
+            first, end = (int(address, 16) for address in mapping.addr.split("-"))
+            advise(first, end - first, "MADV_PAGEOUT")
