@@ -3,11 +3,12 @@
     python benchmarks/overload.py [--model FOLDER] [--seconds N] [--json FILE]
 
 A server runs and admits 16 requests. They arrive at random moments: one after the other
-("alone"), at 0.8 times what the server can do ("busy") and at 10 times that ("overload"),
-which asks for no longer than `--seconds` each. Without --model the scripted engine makes a
-token every 10 ms for each stream, so that what is seen is the service; with it, the folder or
-GGUF file is imported, and its capacity is measured first. Printed are the time to first token
-of admitted requests, how long a refusal takes, and the memory of server and workers.
+("alone"), at 0.8 times what the server can do ("busy") and at 10 times that ("overload"), each
+for `--seconds`, after a lead-in that is not counted: nothing runs when it begins. Without
+--model the scripted engine makes a token every 10 ms for each stream, so that what is seen is
+the service; with it, the folder or GGUF file is imported. Capacity is measured first. Printed
+are the time to first token of admitted requests, how long a refusal takes, and the memory of
+server and workers.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ TOKENS = 100
 STEP_MS = 10.0
 PROMPT = "Once upon a time, in a village by the sea, there lived an old man who"
 TIMEOUT_S = 60.0
+LEAD_IN_S = 5.0
+KV_CACHE_BYTES = 1 << 28
 BUSY, OVERLOAD = 0.8, 10.0
 
 
@@ -106,15 +109,17 @@ class Traffic:
         return load
 
     async def arriving(self, per_second: float, seconds: float) -> Load:
-        """Send requests at random moments, and wait for all."""
-        load, before = Load(), self._bytes()
-        tasks = []
-        ends = time.perf_counter() + seconds
-        while time.perf_counter() < ends:
-            tasks.append(asyncio.create_task(self.request(load)))
-            await asyncio.sleep(self._random.expovariate(per_second))
+        """Send requests at random moments, and wait for all; return what the later ones saw."""
+        lead_in, load = Load(), Load()
+        tasks: list[asyncio.Task[None]] = []
+        for counted, lasts in ((lead_in, LEAD_IN_S), (load, seconds)):
+            load.memory = self._bytes(), 0
+            ends = time.perf_counter() + lasts
+            while time.perf_counter() < ends:
+                tasks.append(asyncio.create_task(self.request(counted)))
+                await asyncio.sleep(self._random.expovariate(per_second))
         await asyncio.gather(*tasks)
-        load.memory = before, self._bytes()
+        load.memory = load.memory[0], self._bytes()
         return load
 
     async def capacity(self) -> float:
@@ -159,6 +164,7 @@ def main() -> None:
             "LOWBIT_IMPORT_ROOTS": str(source.parent),
             "LOWBIT_MAX_ADMITTED_REQUESTS": str(SLOTS),
             "LOWBIT_MAX_RUNNING_REQUESTS": str(SLOTS),
+            "LOWBIT_KV_CACHE_BYTES": str(KV_CACHE_BYTES),
         }
         with ServerProcess(Path(folder, "home"), environment=environment) as server:
             loads = asyncio.run(measure(server, source, options.seconds))

@@ -29,3 +29,7 @@ with Client() as client:
     when = "The first moon landing, as year-month-day: "
     date = client.generate(model, when, regex="[0-9]{4}-[0-9]{2}-[0-9]{2}", temperature=0)
     print("date:", date.text())
+
+    rules = 'start: turn ", then " turn\nturn: "turn left" | "turn right"'
+    way = client.generate(model, "Directions: ", grammar=rules, temperature=0)
+    print("way:", way.text())

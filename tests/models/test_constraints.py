@@ -283,7 +283,8 @@ def test_the_example_runs(server: ServerProcess) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    person, sentiment, date = done.stdout.splitlines()
+    person, sentiment, date, way = done.stdout.splitlines()
     assert set(json.loads(person.partition(": ")[2])) == {"name", "age", "languages"}
     assert sentiment.partition(": ")[2] in {"positive", "negative", "mixed"}
     assert re.fullmatch(r"date: [0-9]{4}-[0-9]{2}-[0-9]{2}", date)
+    assert re.fullmatch(r"way: turn (left|right), then turn (left|right)", way)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from lowbit_server.testing import ServerProcess
 from tests.models.quantkit import random_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 MODEL = "random"
@@ -22,6 +23,8 @@ PROMPT = [11, 200, 3, 77, 140, 9, 9, 250]
 CONTEXT_TOKENS = 1600
 # Both compute in float32, in another order.
 TOLERANCE = 1e-4
+HOT = 3.0
+"""A temperature at which many tokens are likely."""
 
 
 @pytest.fixture(scope="module", params=["llama", "olmo2"])
@@ -184,3 +187,99 @@ def test_bad_words_and_bias_steer_the_text(client: Client) -> None:
     assert pair not in pairwise(steered)
     assert made(logit_bias={123: 500.0}) == [123] * 6
     assert plain[0] not in made(logit_bias={plain[0]: -500.0})
+
+
+def first_tokens(client: Client, **sampling: Any) -> set[int]:
+    """Return which tokens 64 outputs begin with."""
+    found = set()
+    for seed in range(4):
+        stream = client.generate(
+            MODEL,
+            token_ids=PROMPT,
+            max_tokens=1,
+            ignore_eos=True,
+            token_ids_output=True,
+            temperature=HOT,
+            n=16,
+            seed=seed,
+            **sampling,
+        )
+        found |= {token for chunk in stream for token in chunk.token_ids}
+    return found
+
+
+def most_typical(logprobs: torch.Tensor, mass: float) -> set[int]:
+    """Return the tokens that typical sampling keeps (Meister et al. 2023, section 4)."""
+    entropy = -(logprobs.exp() * logprobs).sum()
+    order = (-logprobs - entropy).abs().argsort()
+    before = logprobs[order].exp().cumsum(0) - logprobs[order].exp()
+    return {*order[before < mass].tolist()}
+
+
+def nucleus(logprobs: torch.Tensor, mass: float) -> set[int]:
+    """Return the fewest tokens that reach a probability (Holtzman et al. 2020)."""
+    order = logprobs.argsort(descending=True)
+    before = logprobs[order].exp().cumsum(0) - logprobs[order].exp()
+    return {*order[before < mass].tolist()}
+
+
+def likely(logprobs: torch.Tensor, share: float) -> set[int]:
+    """Return the tokens at least so many times as likely as the likeliest."""
+    return {*(logprobs >= logprobs.max() + math.log(share)).nonzero()[:, 0].tolist()}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        ({"top_k": 4}, lambda found: {*found.topk(4).indices.tolist()}),
+        ({"top_p": 0.4}, lambda found: nucleus(found, 0.4)),
+        (
+            {"min_p": 0.4},
+            lambda found: {*(found >= found.max() + math.log(0.4)).nonzero()[:, 0].tolist()},
+        ),
+        ({"typical_p": 0.3}, lambda found: most_typical(found, 0.3)),
+    ],
+)
+def test_only_what_a_setting_keeps_is_drawn(
+    client: Client, reference: Any, sampling: dict[str, Any], kept: Callable[[Any], set[int]]
+) -> None:
+    allowed = kept((distributions(reference, PROMPT)[-1] / HOT).log_softmax(-1))
+    drawn = first_tokens(client, **sampling)
+    assert drawn <= allowed
+    assert len(drawn) > 1
+    assert not first_tokens(client) <= allowed
+
+
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {"presence_penalty": -2.0},
+        {"frequency_penalty": 0.7},
+        {"repetition_penalty": 0.8},
+        {"presence_penalty": -1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+    ],
+)
+def test_penalties_are_those_of_a_loop_over_the_models_logits(
+    client: Client, reference: Any, penalties: dict[str, float]
+) -> None:
+    # So that a few tokens would come again and again.
+    favoured = {40: 31.0, 41: 30.5, 42: 30.0, 43: 29.5}
+    made: list[int] = []
+    for _ in range(24):
+        with torch.no_grad():
+            logits = reference(torch.tensor([PROMPT + made])).logits[0, -1].double()
+        for token, bias in favoured.items():
+            logits[token] += bias
+        for token in {*PROMPT, *made}:
+            factor = penalties.get("repetition_penalty", 1.0)
+            logits[token] *= factor if logits[token] < 0 else 1 / factor
+        for token in {*made}:
+            logits[token] -= penalties.get("presence_penalty", 0.0)
+            logits[token] -= penalties.get("frequency_penalty", 0.0) * made.count(token)
+        made.append(int(logits.argmax()))
+    options: Any = {"max_tokens": 24, "ignore_eos": True, "temperature": 0}
+    options |= {"token_ids": PROMPT, "token_ids_output": True, "logit_bias": favoured}
+    stream = client.generate(MODEL, **options, **penalties)
+    assert [token for chunk in stream for token in chunk.token_ids] == made
+    plain = client.generate(MODEL, **options)
+    assert [token for chunk in plain for token in chunk.token_ids] != made

@@ -108,17 +108,44 @@ def test_the_command_line_knows_paris(name: str, server: ServerProcess) -> None:
     assert "Paris" in done.stdout
 
 
-def test_the_example_quantizes_and_loads(server: ServerProcess) -> None:
-    example = Path(__file__).parents[2] / "examples" / "quantize_then_load.py"
+def run_example(server: ServerProcess, name: str, *arguments: str) -> str:
+    """Return what an example prints."""
     done = subprocess.run(
-        [sys.executable, str(example), "bf16", "example", "nf4"],
+        [sys.executable, str(Path(__file__).parents[2] / "examples" / name), *arguments],
         env=os.environ | {"LOWBIT_ADDRESS": server.address},
         capture_output=True,
         text=True,
         timeout=300,
-        check=True,
+        check=False,
     )
-    assert "live on cpu/0: " in done.stdout
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_example_samples(server: ServerProcess) -> None:
+    lines = run_example(server, "sampling.py", "fp32", "Once upon a time, in").splitlines()
+    texts = dict(line.split(": ", 1) for line in lines)
+    assert len(texts) == 7
+    assert " the " in texts["greedy"]
+    assert texts["hot, none far from the best"] != texts["greedy"]
+    assert texts["without repeating itself"] != texts["greedy"]
+    assert " the " not in texts["never ' the'"]
+
+
+def test_the_example_ends(server: ServerProcess) -> None:
+    lines = run_example(server, "ends.py", "fp32", "Once upon a time, in").splitlines()
+    counted, stopped, later, timed, echoed = lines
+    assert counted.endswith("(MAX_TOKENS, 8 tokens)")
+    assert "(STOP, " in stopped
+    tokens = int(later.rpartition("(STOP, ")[2].split()[0])
+    assert tokens >= 20
+    assert "(TIME_LIMIT, " in timed
+    assert "'Once upon a time, in" in echoed
+
+
+def test_the_example_quantizes_and_loads(server: ServerProcess) -> None:
+    out = run_example(server, "quantize_then_load.py", "bf16", "example", "nf4")
+    assert "live on cpu/0: " in out
     with Client(server.address) as client:
         client.unload("example")
         client.delete_model("example")

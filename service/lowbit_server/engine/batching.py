@@ -102,8 +102,8 @@ class BatchingEngine:
     def _mixed(self) -> list[Output]:
         """Decode and read in one pass; nothing is done where that is not possible or no use."""
         rows = self._residents.decoding
-        step_s = self._pacing.step_s(len(rows)) if self._model.spec.mixes and rows else None
-        if step_s is None or any(row.request.deterministic for row in rows):
+        step_s = self._pacing.step_s if self._model.spec.mixes and rows else 0
+        if not step_s or any(row.request.deterministic for row in rows):
             return []
         chunks = next_chunks(self._residents, self._pacing)
         if not chunks or is_alone(chunks[0][0]):
@@ -141,7 +141,7 @@ class BatchingEngine:
             running = [row.running for row in batch]
             outputs += self._guarded(running, self._extend, batch)
         if rows:
-            self._pacing.decoded(time.perf_counter() - began, len(rows))
+            self._pacing.decoded(time.perf_counter() - began)
         return outputs
 
     def _extend(self, rows: Sequence[Row]) -> list[Output]:

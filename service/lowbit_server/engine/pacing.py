@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
+from collections import deque
+from statistics import median
+
 from lowbit_server.models.decoder import CHUNK_TOKENS
 
 LEAST_TOKENS = 16
 """Fewer hardly take less time: the weights are read all the same."""
 
-
-_LIKE = 1.25
+_FIRST_TOKENS = 64
+_REMEMBERED = 5
 
 
 class Pacing:
     """Chooses chunks that take about as long as a decoding step.
 
-    So a stream's tokens come at most at half their pace while a long prompt is read. Chunks
-    halve when one took longer than the step before it, and double when it took less than
-    half as long; no model of the machine is needed. Alone, a prompt is read in the largest
-    chunks.
+    So a stream's tokens come at most at half their pace while a long prompt is read. What a
+    token takes is the median of the last chunks: no model of the machine is needed, and one
+    that the system interrupted changes nothing. Alone, a prompt is read in the largest chunks.
     """
 
     def __init__(self) -> None:
-        """Begin with the largest chunks."""
-        self._tokens = CHUNK_TOKENS
+        """Begin with small chunks."""
+        self._token_s: deque[float] = deque(maxlen=_REMEMBERED)
         self._step_s = 0.0
-        self._step_rows = 0
 
-    def step_s(self, rows: int) -> float | None:
-        """Return about how long a step takes that only decodes so many rows, in seconds.
-
-        None where none of nearly as many was seen, which it takes to know how long a chunk takes
-        that is read in one pass with them.
-        """
-        return self._step_s if rows <= self._step_rows * _LIKE else None
+    @property
+    def step_s(self) -> float:
+        """About how long a step takes that only decodes, in seconds; 0 before the first one."""
+        return self._step_s
 
     def chunk_tokens(self, *, beside_streams: bool) -> int:
         """Return how many tokens the next chunk may have."""
-        return self._tokens if beside_streams else CHUNK_TOKENS
+        if not beside_streams:
+            return CHUNK_TOKENS
+        if not self._token_s:
+            return _FIRST_TOKENS
+        token_s = median(self._token_s)
+        if token_s * CHUNK_TOKENS <= self._step_s:
+            return CHUNK_TOKENS
+        return max(LEAST_TOKENS, int(self._step_s / token_s) // LEAST_TOKENS * LEAST_TOKENS)
 
-    def decoded(self, seconds: float, rows: int) -> None:
-        """Note how long a step took that only decoded so many rows."""
-        self._step_s, self._step_rows = seconds, rows
+    def decoded(self, seconds: float) -> None:
+        """Note how long a step took that only decoded."""
+        self._step_s = seconds
 
     def read(self, tokens: int, seconds: float) -> None:
         """Note how long a chunk took that was read beside streams."""
-        if seconds > self._step_s:
-            self._tokens = max(LEAST_TOKENS, min(tokens, self._tokens) // 2)
-        elif 2 * seconds < self._step_s and tokens == self._tokens:
-            self._tokens = min(CHUNK_TOKENS, 2 * self._tokens)
+        if tokens >= LEAST_TOKENS:
+            self._token_s.append(seconds / tokens)

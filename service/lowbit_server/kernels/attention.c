@@ -4,40 +4,9 @@
    in the batch, and the number of threads, change no bit. */
 
 #include "attention.h"
-#include "numbers.h"
+#include "products.h"
 
 #include <math.h>
-
-/* Turns one head to the angle of its token, rounded as the products and sums of tensors are. */
-static ALWAYS_INLINE void turn(const struct batch *batch, const struct layer *layer,
-                               int64_t token, int64_t head, int bf16, float *restrict out)
-{
-    int64_t size = batch->size, half = size / 2, table = token * size;
-    int64_t from = token * layer->turned_stride + head * size;
-    if (!layer->rotary) {
-        for (int64_t i = 0; i < size; i++)
-            out[i] = load(layer->turned, from + i, bf16);
-        return;
-    }
-    for (int64_t i = 0; i < half; i++) {
-        float low = load(layer->turned, from + i, bf16);
-        float high = load(layer->turned, from + half + i, bf16);
-        out[i] = rounded(rounded(high * load(batch->sine, table + i, bf16), bf16)
-                             + rounded(low * load(batch->cosine, table + i, bf16), bf16), bf16);
-        out[half + i] =
-            rounded(rounded(low * load(batch->sine, table + half + i, bf16), bf16)
-                        + rounded(high * load(batch->cosine, table + half + i, bf16), bf16), bf16);
-    }
-}
-
-static ALWAYS_INLINE int64_t slot(const struct batch *batch, int64_t token, int64_t group,
-                                  int64_t position)
-{
-    const int64_t *table = batch->tables + batch->rows[token] * batch->table_blocks;
-    int64_t block = table[position / BLOCK_TOKENS];
-    return ((block * batch->groups + group) * BLOCK_TOKENS + position % BLOCK_TOKENS)
-           * batch->size;
-}
 
 /* Puts one head of one token's keys and values into the cache. */
 static ALWAYS_INLINE void keep(const struct batch *batch, const struct layer *layer,
@@ -173,14 +142,19 @@ MULTIVERSION static void attend_any(const struct batch *batch, const struct laye
 
 void lowbit_attend_together(const struct batch *batch, const struct layer *layer)
 {
-    int64_t groups = batch->groups, tasks = batch->tokens * groups;
+    int64_t groups = batch->groups;
     /* All keys first: several tokens may be of one sequence. */
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < tasks; task++)
+    for (int64_t task = 0; task < batch->tokens * groups; task++)
         keep_any(batch, layer, task / groups, task % groups);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < tasks; task++)
-        attend_any(batch, layer, task / groups, task % groups);
+    for (int64_t task = 0; task < batch->span_count * groups; task++) {
+        const struct span *span = batch->spans + task / groups;
+        if (span->count > 0)
+            lowbit_attend_by_tiles(batch, layer, span, task % groups);
+        else
+            attend_any(batch, layer, span->first / (batch->heads / groups), task % groups);
+    }
 }
 
 void lowbit_attend(const struct batch *batch, const struct layer *layer)

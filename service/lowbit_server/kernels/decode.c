@@ -1,6 +1,5 @@
-/* The layers of a decoder of the Llama family in bfloat16: all of them for a few tokens in one
-   parallel region, since a step of a small model is bound by what happens between its products;
-   or what comes before and after the attention of one layer, for a prompt.
+/* The layers of a decoder of the Llama family in bfloat16, all of them in one parallel region: a
+   step of a small model is bound by what happens between its products.
 
    Numbers are rounded where the tensors of `models/fused.py` are. Each thread computes its
    share of a product's outputs. */
@@ -195,38 +194,6 @@ static void begin(struct worker *worker, const struct decoder *decoder, int64_t 
     worker->gated = (uint16_t *)(memory.all + memory.normal);
     worker->memory = memory.all + memory.normal + memory.gated
                      + omp_get_thread_num() * memory.inputs;
-}
-
-/* Does one part of layer `number` for all tokens. Returns 0, and does nothing, without memory. */
-static int in_layer(void part(struct worker *, const struct decoder_layer *, const uint16_t *,
-                              uint16_t *),
-                    const struct decoder *decoder, int64_t number, int64_t tokens,
-                    int64_t threads, const uint16_t *from, uint16_t *to)
-{
-    struct memory memory = memory_for(decoder, tokens, threads);
-    if (!memory.all)
-        return 0;
-#pragma omp parallel num_threads(threads)
-    {
-        struct worker worker;
-        begin(&worker, decoder, tokens, memory);
-        part(&worker, decoder->of + number, from, to);
-        lowbit_release();
-    }
-    free(memory.all);
-    return 1;
-}
-
-int lowbit_project(const struct decoder *decoder, int64_t number, int64_t tokens, int64_t threads,
-                   const uint16_t *hidden, uint16_t *qkv)
-{
-    return in_layer(project, decoder, number, tokens, threads, hidden, qkv);
-}
-
-int lowbit_conclude(const struct decoder *decoder, int64_t number, int64_t tokens,
-                    int64_t threads, const uint16_t *found, uint16_t *hidden)
-{
-    return in_layer(conclude, decoder, number, tokens, threads, found, hidden);
 }
 
 /* Adds what all layers find to hidden states (tokens, hidden), in place. Returns 0, and changes

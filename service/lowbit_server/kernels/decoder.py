@@ -1,13 +1,11 @@
-"""The layers of a decoder in few calls: all of them for a few tokens, two each for a prompt."""
+"""All layers of a decoder in one call."""
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import c_double, c_int64, c_void_p
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lowbit_server import kernels
 from lowbit_server.kernels.products import CProduct
@@ -59,7 +57,7 @@ class Decoder:
     ) -> None:
         """Take the layers of one model, (heads + KV heads, head size) and the norms' epsilon."""
         first = layers[0]
-        (self._qkv_rows, hidden), (gates, _) = first.products[0].shape, first.products[2].shape
+        (_, hidden), (gates, _) = first.products[0].shape, first.products[2].shape
         self._layers = (_Layer * len(layers))(*map(_structure, layers))
         heads, size = shape
         self._structure = _Decoder(
@@ -78,34 +76,15 @@ class Decoder:
         Keys and values are the blocks of each layer. Raises MemoryError.
         """
         pools = c_void_p * len(keys)
-        self._call(
-            "lowbit_decode",
+        library: Any = kernels.library()  # it is there, where products are
+        done = library.lowbit_decode(
+            ctypes.byref(self._structure),
             ctypes.byref(attention.structure),
             pools(*(one.data_ptr() for one in keys)),
             pools(*(one.data_ptr() for one in values)),
             c_void_p(hidden.data_ptr()),
         )
-
-    def project(self, layer: int, hidden: Tensor) -> Tensor:
-        """Return queries, keys and values, (tokens, heads + 2 * KV heads, head size)."""
-        qkv = hidden.new_empty(len(hidden), self._qkv_rows)
-        self._part("lowbit_project", layer, hidden, qkv)
-        return qkv.view(len(hidden), -1, self._structure.head_size)
-
-    def conclude(self, layer: int, found: Tensor, hidden: Tensor) -> None:
-        """Add to hidden states what follows from what attention has found, in place.
-
-        `found` is (tokens, heads * head size).
-        """
-        self._part("lowbit_conclude", layer, found.contiguous(), hidden)
-
-    def _part(self, name: str, layer: int, inputs: Tensor, outputs: Tensor) -> None:
-        numbers = (layer, len(inputs), torch.get_num_threads())
-        pointers = (inputs.data_ptr(), outputs.data_ptr())
-        self._call(name, *map(c_int64, numbers), *map(c_void_p, pointers))
-
-    def _call(self, name: str, *arguments: object) -> None:
-        if not getattr(kernels.library(), name)(ctypes.byref(self._structure), *arguments):
+        if not done:
             raise MemoryError
 
 

@@ -1,15 +1,11 @@
 /* Products of a few and of many tokens by tiles (AMX). */
 
-#include "weights.h"
+#include "tiles.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#define TILED \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
-#define TILED_INLINE TILED static ALWAYS_INLINE
 
 /* Linux gives tiles to a process that asks (arch/x86/include/uapi/asm). */
 enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
@@ -21,25 +17,6 @@ int lowbit_has_tiles(void)
         known = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-bf16")
                 && !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
     return known;
-}
-
-/* Tiles 0 to 3 are sums of four blocks, tile 4 tokens, the others weights. */
-struct __attribute__((packed, aligned(64))) tile_shapes {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-};
-enum { WEIGHTS_TILES = 5, TILES = 8, TILE_ROWS = 16, TILE = TILE_ROWS * LANES };
-
-/* Tiles are full but for tokens and their sums, which may have fewer rows. */
-TILED static void shape_tiles(int64_t rows)
-{
-    struct tile_shapes shapes = {.palette = 1};
-    for (int tile = 0; tile < TILES; tile++) {
-        shapes.rows[tile] = tile < WEIGHTS_TILES ? (uint8_t)rows : TILE_ROWS;
-        shapes.bytes[tile] = 64;
-    }
-    _tile_loadconfig(&shapes);
 }
 
 #define ZERO_TILES() \

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from lowbit_server.kernels.attention import BlockAttention
+from lowbit_server.kernels.attention import BlockAttention, reads_prompts
 from lowbit_server.models.blocks import Rows, block_table, rectangles
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lowbit_server.models.decoder import Span
 
 
-# Longer spans are the work of products, unless there is little to see.
+# Without tiles longer spans are the work of torch, unless there is little to see.
 _NARROW_TOKENS = 17
 _NARROW_PAIRS = 1 << 14
 
@@ -36,9 +36,10 @@ class Attention:
         positions = [span.start + offset for span in spans for offset in range(len(span.tokens))]
         places = torch.tensor(positions, device=device)
         self._angles = shape.rope.table(places, dtype)
-        few = list(takewhile(_is_narrow, spans))
+        heads = shape.heads, shape.kv_heads, shape.head_size
+        few = spans if reads_prompts(dtype, heads) else list(takewhile(_is_narrow, spans))
         self._few_tokens = sum(len(span.tokens) for span in few)
-        self._kernel = self._made_kernel(few, places, shape)
+        self._kernel = self._made_kernel(few, places, heads)
         if self._kernel is None:
             few, self._few_tokens = [], 0
         self._parts = [_Part(rows, dtype) for rows in rectangles(spans[len(few) :], device)]
@@ -80,7 +81,7 @@ class Attention:
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _made_kernel(
-        self, spans: Sequence[Span], positions: Tensor, shape: Architecture
+        self, spans: Sequence[Span], positions: Tensor, heads: tuple[int, int, int]
     ) -> BlockAttention | None:
         """Return the compiled attention of some spans, None where there is none for them."""
         if not spans:
@@ -89,7 +90,7 @@ class Attention:
         places = positions[: len(rows)], torch.tensor(rows), block_table(spans, positions.device)
         angles = self._angles[0][: len(rows)], self._angles[1][: len(rows)]
         try:
-            return BlockAttention(places, angles, (shape.heads, shape.kv_heads, shape.head_size))
+            return BlockAttention([len(span.tokens) for span in spans], places, angles, heads)
         except NotImplementedError:
             return None
 

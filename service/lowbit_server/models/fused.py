@@ -72,20 +72,8 @@ class FusedLayer(nn.Module):
         )
         self._norms = (self._norm, self._head_norms, self._mlp_norm)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        attention: Attention,
-        cache: tuple[Tensor, Tensor],
-        compiled: Decoder | None,
-    ) -> None:
+    def forward(self, hidden: Tensor, attention: Attention, cache: tuple[Tensor, Tensor]) -> None:
         """Add what the layer finds to hidden states (tokens, hidden), in place."""
-        if compiled is not None:
-            heads = compiled.project(self._number, hidden)
-            turned, value = heads[:, : self._turned], heads[:, self._turned :]
-            found = attention.attend(turned, value, cache, window=self._window, rotary=self._rotary)
-            compiled.conclude(self._number, found, hidden)
-            return
         qkv, output, gate_up, down = self._products
         norm, head_norms, mlp_norm = self._norms
         heads = qkv(normalized(hidden, norm, self._epsilon)).view(hidden.shape[0], -1, self._size)
@@ -192,4 +180,4 @@ class FusedModel(nn.Module):
             compiled.add(hidden, attention.kernel, batch.keys, batch.values)
             return
         for layer, *cache in zip(self._layers, batch.keys, batch.values, strict=True):
-            layer.forward(hidden, attention, cache, compiled if have_tiles() else None)
+            layer.forward(hidden, attention, cache)

@@ -28,12 +28,15 @@ def page_out_cuda() -> None:
     """Let the system have the pages of CUDA's libraries, some 150 MiB.
 
     torch has them read in when it is imported, where there is no GPU too. Pages that are
-    needed after all come again.
+    needed after all come again; those that another process has stay with it.
     """
     if sys.platform != "linux":
         return
     for mapping in psutil.Process().memory_maps(grouped=False):
         path = Path(mapping.path)
-        if "nvidia" in path.parts or "cuda" in path.name:
+        is_cuda = "nvidia" in path.parts or "cuda" in path.name
+        # What was written there, if only by the linker, is nowhere else.
+        if is_cuda and "w" not in mapping.perms and not mapping.anonymous:
             first, end = (int(address, 16) for address in mapping.addr.split("-"))
-            advise(first, end - first, "MADV_PAGEOUT")
+            for advice in ("MADV_PAGEOUT", "MADV_DONTNEED"):
+                advise(first, end - first, advice)

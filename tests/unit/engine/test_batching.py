@@ -247,7 +247,7 @@ def test_several_outputs_come_from_one_prefill() -> None:
     engine.submit(Request(2, prompt(2, 700), 3, n=4))
     run(engine, log)
     widths = [width for width in model.widths if width > 4]
-    assert widths == [CHUNK_TOKENS, 700 - CHUNK_TOKENS]
+    assert sum(widths) == 700
     assert log.tokens[1] == expected(prompt(1, 4), 9)
     for index in range(4):
         assert log.all_tokens[2, index] == expected(prompt(2, 700), 3)

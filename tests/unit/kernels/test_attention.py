@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lowbit_server import kernels
 from lowbit_server.kernels.attention import BlockAttention
+from lowbit_server.kernels.products import have_tiles
 from lowbit_server.models.decoder import BLOCK_TOKENS, blocks_of
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Case:
         dtype: torch.dtype,
         seed: int = 0,
     ) -> None:
-        self.rows, self.shape = rows, shape
+        self.shape = shape
+        self.counts = [new for _, new in rows]
         heads, groups, size = shape
         generator = torch.Generator().manual_seed(seed)
 
@@ -62,7 +64,10 @@ class Case:
         """Return what the kernel finds; it writes to the cache."""
         heads, groups, _ = self.shape
         attention = BlockAttention(
-            (self.positions, self.owners, self.tables), (self.cosine, self.sine), self.shape
+            self.counts,
+            (self.positions, self.owners, self.tables),
+            (self.cosine, self.sine),
+            self.shape,
         )
         turned, values = self.projected[:, : heads + groups], self.projected[:, heads + groups :]
         return attention.attend(
@@ -99,11 +104,15 @@ class Case:
 
 @settings(deadline=None)
 @given(
-    rows=st.lists(st.tuples(st.integers(0, 100), st.integers(1, 5)), min_size=1, max_size=4),
-    shape=st.sampled_from(
-        [(4, 4, 64), (9, 3, 64), (4, 1, 96), (32, 2, 16), (2, 2, 256), (3, 1, 6)]
+    rows=st.lists(
+        st.tuples(st.integers(0, 100), st.integers(1, 5) | st.integers(30, 60)),
+        min_size=1,
+        max_size=4,
     ),
-    window=st.sampled_from([None, 1, 7, 40]),
+    shape=st.sampled_from(
+        [(4, 4, 64), (9, 3, 64), (4, 1, 96), (32, 2, 16), (2, 2, 256), (2, 1, 128), (3, 1, 6)]
+    ),
+    window=st.sampled_from([None, 1, 7, 40, 90]),
     rotary=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
@@ -131,6 +140,7 @@ def test_who_else_is_there_and_threads_change_no_bit(dtype: torch.dtype) -> None
     own = alone.owners == 1
     for name in ("positions", "owners", "projected", "cosine", "sine"):
         setattr(alone, name, getattr(alone, name)[own])
+    alone.counts = [3]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -139,6 +149,37 @@ def test_who_else_is_there_and_threads_change_no_bit(dtype: torch.dtype) -> None
         assert torch.equal(alone.found(None, rotary=True), found[own])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not have_tiles(), reason="this CPU computes each token by itself")
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_prompt_is_the_same_in_parts_and_beside_others(window: int | None) -> None:
+    shape, length, first = (9, 3, 64), 300, 70
+    together = Case([(90, 40), (0, length), (3, 1)], shape, torch.bfloat16)
+    own = together.owners == 1
+    expected = together.found(window, rotary=True)[own]
+    found = []
+    for part in (slice(first), slice(first, length)):
+        alone = Case([(90, 40), (0, length), (3, 1)], shape, torch.bfloat16)
+        for name in ("positions", "owners", "projected", "cosine", "sine"):
+            setattr(alone, name, getattr(alone, name)[own][part])
+        alone.counts = [len(alone.positions)]
+        alone.cache = together.cache
+        found.append(alone.found(window, rotary=True))
+    assert torch.equal(torch.cat(found), expected)
+
+
+def test_what_the_cache_held_before_is_not_seen() -> None:
+    rows = [(40, 5), (0, 50), (0, 1)]
+    case = Case(rows, (4, 2, 64), torch.bfloat16)
+    expected = case.expected(None, rotary=True)
+    for number, (start, new) in enumerate(rows):
+        for place in range(start, BLOCK_TOKENS * blocks_of(start + new)):
+            block = case.tables[number, place // BLOCK_TOKENS]
+            for pool in case.cache:
+                pool[block, :, place % BLOCK_TOKENS] = torch.nan
+    found = case.found(None, rotary=True)
+    assert (found.double() - expected).norm() <= BOUND[torch.bfloat16] * expected.norm()
 
 
 def test_a_row_that_is_not_a_number_stays_alone() -> None:
