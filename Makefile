@@ -78,6 +78,7 @@ bench-engine: .interop/vllm/.ready .interop/llamacpp/.ready .interop/openvino/.r
 	$(BIN)/python -m benchmarks.engine --json build/engine.json $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.engine_plot build/engine.json build/engine.png
 	$(BIN)/python -m benchmarks.memory_bound
+	$(BIN)/python -m benchmarks.long_prompt
 
 bench-quantize: .interop/gptqmodel/.ready ## Measure our quantizers beside gptqmodel's
 	@test -d .models/smollm2-bf16 || $(BIN)/python -m pytest -q tests/models/test_quant_rtn.py -k real

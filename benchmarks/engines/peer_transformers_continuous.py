@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 KV_BYTES = 1 << 29
-BLOCK_TOKENS = 32
+PAGE_TOKENS = 32
 
 
 def make(folder: str) -> protocol.Run:
@@ -20,8 +20,8 @@ def make(folder: str) -> protocol.Run:
     token_bytes = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
     cache = ContinuousBatchingConfig(
-        block_size=BLOCK_TOKENS,
-        num_blocks=KV_BYTES // token_bytes // BLOCK_TOKENS,
+        page_size=PAGE_TOKENS,
+        num_blocks=KV_BYTES // token_bytes // PAGE_TOKENS,
         # Nothing is found that an earlier run has left.
         allow_block_sharing=False,
     )
