@@ -50,8 +50,10 @@ def test_errors(service: Service) -> None:
 def test_logprobs(service: Service) -> None:
     service.load_scripted("sure", step_ms=1.0)
     lines = run(service, "logprobs.py", "sure", "ab").splitlines()
-    assert len(lines) == 16
-    assert lines[0] == "'a'          50.0% of {'a': '50.0%', 'b': '25.0%', 'c': '12.5%'}"
+    assert len(lines) == 2 + 16
+    assert lines[0] == "'a'          first"
+    assert lines[1] == "'b'          50.0% of {'b': '50.0%', 'c': '25.0%', 'd': '12.5%'}"
+    assert lines[2] == "'a'          50.0% of {'a': '50.0%', 'b': '25.0%', 'c': '12.5%'}"
 
 
 def test_score(service: Service) -> None:
