@@ -16,7 +16,7 @@ from lowbit_server.engine.kv_cache import KvCache
 from lowbit_server.engine.logprobs import token_logprobs
 from lowbit_server.engine.lookup import PromptLookup
 from lowbit_server.engine.pacing import Pacing
-from lowbit_server.engine.reading import is_alone, next_chunks, span_of
+from lowbit_server.engine.reading import is_alone, next_chunks, span_of, wanted_of
 from lowbit_server.engine.request import Output
 from lowbit_server.engine.residents import Residents
 from lowbit_server.engine.roster import Roster
@@ -214,7 +214,7 @@ class BatchingEngine:
 
     def _read(self, chunks: Sequence[Chunk], logits: Tensor) -> list[Output]:
         """Take the logits of chunks; with its last one a prompt's outputs begin to decode."""
-        parts = torch.split(logits, [span_of(*chunk).wanted for chunk in chunks])
+        parts = torch.split(logits, [wanted_of(*chunk) for chunk in chunks])
         outputs = []
         for (row, chunk), part in zip(chunks, parts, strict=True):
             row.length += len(chunk)

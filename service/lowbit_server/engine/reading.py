@@ -44,8 +44,12 @@ def is_alone(row: Row) -> bool:
 
 def span_of(row: Row, chunk: Sequence[int]) -> Span:
     """Return the pass over a chunk of a prompt."""
-    wanted = len(chunk) if row.tells else int(row.length + len(chunk) == row.known)
-    return Span(chunk, row.length, row.blocks, wanted)
+    return Span(chunk, row.length, row.blocks, wanted_of(row, chunk))
+
+
+def wanted_of(row: Row, chunk: Sequence[int]) -> int:
+    """Return how many logits of a chunk are wanted: all, those after the last token, or none."""
+    return len(chunk) if row.tells else int(row.length + len(chunk) == row.known)
 
 
 def _chunk_alone(row: Row, size: int) -> Sequence[int]:
