@@ -141,7 +141,7 @@ class BatchingEngine:
             running = [row.running for row in batch]
             outputs += self._guarded(running, self._extend, batch)
         if rows:
-            self._pacing.decoded(time.perf_counter() - began)
+            self._pacing.step_s = time.perf_counter() - began
         return outputs
 
     def _extend(self, rows: Sequence[Row]) -> list[Output]:

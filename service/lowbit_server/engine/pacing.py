@@ -25,12 +25,8 @@ class Pacing:
     def __init__(self) -> None:
         """Begin with small chunks."""
         self._token_s: deque[float] = deque(maxlen=_REMEMBERED)
-        self._step_s = 0.0
-
-    @property
-    def step_s(self) -> float:
-        """About how long a step takes that only decodes, in seconds; 0 before the first one."""
-        return self._step_s
+        self.step_s = 0.0
+        """How long the last step took that only decoded; to be set after each, 0 before."""
 
     def chunk_tokens(self, *, beside_streams: bool) -> int:
         """Return how many tokens the next chunk may have."""
@@ -39,13 +35,9 @@ class Pacing:
         if not self._token_s:
             return _FIRST_TOKENS
         token_s = median(self._token_s)
-        if token_s * CHUNK_TOKENS <= self._step_s:
+        if token_s * CHUNK_TOKENS <= self.step_s:
             return CHUNK_TOKENS
-        return max(LEAST_TOKENS, int(self._step_s / token_s) // LEAST_TOKENS * LEAST_TOKENS)
-
-    def decoded(self, seconds: float) -> None:
-        """Note how long a step took that only decoded."""
-        self._step_s = seconds
+        return max(LEAST_TOKENS, int(self.step_s / token_s) // LEAST_TOKENS * LEAST_TOKENS)
 
     def read(self, tokens: int, seconds: float) -> None:
         """Note how long a chunk took that was read beside streams."""

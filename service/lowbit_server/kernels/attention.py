@@ -50,9 +50,8 @@ def reads_prompts(dtype: torch.dtype, shape: tuple[int, int, int]) -> bool:
 
     The shape is (heads, KV heads, head size).
     """
-    heads, groups, size = shape
-    has_room = size <= _MAX_SIZE and size % _TILE_NUMBERS == 0 and heads <= _MAX_SHARING * groups
-    return has_room and dtype is torch.bfloat16 and have_tiles()
+    fits = _has_room(shape) and shape[-1] % _TILE_NUMBERS == 0
+    return fits and dtype is torch.bfloat16 and have_tiles()
 
 
 class BlockAttention:
@@ -77,9 +76,8 @@ class BlockAttention:
         positions, rows, tables = places
         cosine, sine = angles
         heads, groups, size = shape
-        has_room = size <= _MAX_SIZE and size % 2 == 0 and heads <= _MAX_SHARING * groups
         known = cosine.dtype in _DTYPES and cosine.device.type == "cpu"
-        if library is None or not has_room or not known:
+        if library is None or not _has_room(shape) or not known:
             raise NotImplementedError
         self._call = library.lowbit_attend
         sharing = heads // groups
@@ -130,6 +128,11 @@ class BlockAttention:
         )
         self._call(ctypes.byref(batch), ctypes.byref(layer))
         return out
+
+
+def _has_room(shape: tuple[int, int, int]) -> bool:
+    heads, groups, size = shape
+    return size <= _MAX_SIZE and size % 2 == 0 and heads <= _MAX_SHARING * groups
 
 
 def _tiled(counts: Sequence[int], size: int, sharing: int) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ STEP_S = 0.016
 
 def settled(pacing: Pacing, tokens: int) -> Pacing:
     """Let a step's time be enough for so many tokens."""
-    pacing.decoded(STEP_S)
+    pacing.step_s = STEP_S
     for _ in range(5):
         pacing.read(LEAST_TOKENS, STEP_S * LEAST_TOKENS / tokens)
     return pacing
@@ -26,7 +26,7 @@ def test_chunks_settle_within_a_step_where_they_can(step: float, base: float, ea
     pacing = Pacing()
     sizes = []
     for _ in range(40):
-        pacing.decoded(step / 1e3)
+        pacing.step_s = step / 1e3
         size = pacing.chunk_tokens(beside_streams=True)
         pacing.read(size, (base + size * each) / 1e3)
         sizes.append(size)
@@ -71,6 +71,6 @@ def test_chunks_shrink_when_they_take_longer() -> None:
 
 def test_a_chunk_that_took_no_time_may_be_followed_by_the_largest() -> None:
     pacing = Pacing()
-    pacing.decoded(STEP_S)
+    pacing.step_s = STEP_S
     pacing.read(LEAST_TOKENS, -0.001)  # the step before was a slow one
     assert pacing.chunk_tokens(beside_streams=True) == CHUNK_TOKENS
