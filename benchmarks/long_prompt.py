@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.engine import BASE
 from lowbit_server.engine.batching import BatchingEngine
 from lowbit_server.engine.request import Request
 from lowbit_server.models.loading import load
@@ -76,8 +77,7 @@ def measure(engine: BatchingEngine, streams: int, vocabulary: int) -> Seen:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    default = Path(__file__).parents[1] / ".models" / "smollm2-bf16"
-    parser.add_argument("model", type=Path, nargs="?", default=default)
+    parser.add_argument("model", type=Path, nargs="?", default=BASE)
     options = parser.parse_args()
     torch.set_num_threads(2)
     keep_freed_memory()

@@ -15,8 +15,10 @@ from lowbit_server.testing import ServerProcess
 from tests.models.quantkit import random_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
+
+    from lowbit import Chunk
 
 MODEL = "random"
 PROMPT = [11, 200, 3, 77, 140, 9, 9, 250]
@@ -63,6 +65,11 @@ def reference(source: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(source, local_files_only=True)
 
 
+def tokens_of(chunks: Iterable[Chunk]) -> list[int]:
+    """Return the ids of all tokens of chunks."""
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
 def distributions(reference: Any, tokens: Sequence[int]) -> torch.Tensor:
     """Return the float64 log-softmax after each token."""
     with torch.inference_mode():
@@ -86,7 +93,7 @@ def test_logprobs_are_those_of_the_models_own_logits(
         logprobs=5,
     )
     chunks = list(stream)
-    made = [token for chunk in chunks for token in chunk.token_ids]
+    made = tokens_of(chunks)
     logprobs = [one for chunk in chunks for one in chunk.logprobs]
     top = [one for chunk in chunks for one in chunk.top_logprobs]
     assert len(made) == len(logprobs) == len(top) == 12
@@ -105,7 +112,7 @@ def test_the_echo_has_the_prompts(client: Client, reference: Any, length: int) -
         MODEL, token_ids=prompt, max_tokens=2, ignore_eos=True, temperature=0, logprobs=2, echo=True
     )
     chunks = list(stream)
-    tokens = [token for chunk in chunks for token in chunk.token_ids]
+    tokens = tokens_of(chunks)
     logprobs = [one for chunk in chunks for one in chunk.logprobs]
     assert tokens[:length] == prompt
     assert logprobs[0] is None
@@ -139,7 +146,7 @@ def test_scoring_leaves_streams_that_run_alone(client: Client) -> None:
         found = list(next(stream).token_ids)
         if beside:
             client.score(MODEL, token_ids=PROMPT[:3], continuations=[[1, 2, 3, 4]] * 20)
-        return found + [token for chunk in stream for token in chunk.token_ids]
+        return found + tokens_of(stream)
 
     assert made(beside=True) == made(beside=False)
 
@@ -177,7 +184,7 @@ def test_bad_words_and_bias_steer_the_text(client: Client) -> None:
 
     def made(**more: Any) -> list[int]:
         stream = client.generate(MODEL, token_ids=PROMPT, **options, **more)
-        return [token for chunk in stream for token in chunk.token_ids]
+        return tokens_of(stream)
 
     plain = made()
     pair = tuple(plain[1:3])
@@ -204,23 +211,25 @@ def first_tokens(client: Client, **sampling: Any) -> set[int]:
             seed=seed,
             **sampling,
         )
-        found |= {token for chunk in stream for token in chunk.token_ids}
+        found.update(tokens_of(stream))
     return found
+
+
+def first_of(order: torch.Tensor, logprobs: torch.Tensor, mass: float) -> set[int]:
+    """Return the fewest tokens of an order that reach a probability."""
+    share = logprobs[order].exp()
+    return {*order[share.cumsum(0) - share < mass].tolist()}
 
 
 def most_typical(logprobs: torch.Tensor, mass: float) -> set[int]:
     """Return the tokens that typical sampling keeps (Meister et al. 2023, section 4)."""
     entropy = -(logprobs.exp() * logprobs).sum()
-    order = (-logprobs - entropy).abs().argsort()
-    before = logprobs[order].exp().cumsum(0) - logprobs[order].exp()
-    return {*order[before < mass].tolist()}
+    return first_of((-logprobs - entropy).abs().argsort(), logprobs, mass)
 
 
 def nucleus(logprobs: torch.Tensor, mass: float) -> set[int]:
     """Return the fewest tokens that reach a probability (Holtzman et al. 2020)."""
-    order = logprobs.argsort(descending=True)
-    before = logprobs[order].exp().cumsum(0) - logprobs[order].exp()
-    return {*order[before < mass].tolist()}
+    return first_of(logprobs.argsort(descending=True), logprobs, mass)
 
 
 def likely(logprobs: torch.Tensor, share: float) -> set[int]:
@@ -233,10 +242,7 @@ def likely(logprobs: torch.Tensor, share: float) -> set[int]:
     [
         ({"top_k": 4}, lambda found: {*found.topk(4).indices.tolist()}),
         ({"top_p": 0.4}, lambda found: nucleus(found, 0.4)),
-        (
-            {"min_p": 0.4},
-            lambda found: {*(found >= found.max() + math.log(0.4)).nonzero()[:, 0].tolist()},
-        ),
+        ({"min_p": 0.4}, lambda found: likely(found, 0.4)),
         ({"typical_p": 0.3}, lambda found: most_typical(found, 0.3)),
     ],
 )
@@ -280,6 +286,6 @@ def test_penalties_are_those_of_a_loop_over_the_models_logits(
     options: Any = {"max_tokens": 24, "ignore_eos": True, "temperature": 0}
     options |= {"token_ids": PROMPT, "token_ids_output": True, "logit_bias": favoured}
     stream = client.generate(MODEL, **options, **penalties)
-    assert [token for chunk in stream for token in chunk.token_ids] == made
+    assert tokens_of(stream) == made
     plain = client.generate(MODEL, **options)
-    assert [token for chunk in plain for token in chunk.token_ids] != made
+    assert tokens_of(plain) != made

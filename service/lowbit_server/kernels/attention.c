@@ -4,7 +4,6 @@
    in the batch, and the number of threads, change no bit. */
 
 #include "attention.h"
-#include "products.h"
 
 #include <math.h>
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import TYPE_CHECKING
 
 import pytest
@@ -59,6 +60,14 @@ class Case:
         self.cosine = torch.cat([cosine, cosine], -1)[:, None].to(dtype)
         self.sine = torch.cat([-sine, sine], -1)[:, None].to(dtype)
         self.cache = tuple(random(blocks, groups, BLOCK_TOKENS, size) for _ in range(2))
+
+    def only(self, own: Tensor) -> Case:
+        """Return a case of some tokens of one sequence, by their numbers, with the same cache."""
+        case = copy(self)
+        for name in ("positions", "owners", "projected", "cosine", "sine"):
+            setattr(case, name, getattr(self, name)[own])
+        case.counts = [len(own)]
+        return case
 
     def found(self, window: int | None, *, rotary: bool) -> Tensor:
         """Return what the kernel finds; it writes to the cache."""
@@ -136,11 +145,8 @@ def test_who_else_is_there_and_threads_change_no_bit(dtype: torch.dtype) -> None
     shape, rows = (9, 3, 64), [(300, 1), (7, 3), (80, 1)]
     together = Case(rows, shape, dtype)
     # Alone: the same tokens, cache and table, and nothing of the others.
-    alone = Case(rows, shape, dtype)
-    own = alone.owners == 1
-    for name in ("positions", "owners", "projected", "cosine", "sine"):
-        setattr(alone, name, getattr(alone, name)[own])
-    alone.counts = [3]
+    own = (together.owners == 1).nonzero()[:, 0]
+    alone = Case(rows, shape, dtype).only(own)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -154,19 +160,13 @@ def test_who_else_is_there_and_threads_change_no_bit(dtype: torch.dtype) -> None
 @pytest.mark.skipif(not have_tiles(), reason="this CPU computes each token by itself")
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_prompt_is_the_same_in_parts_and_beside_others(window: int | None) -> None:
-    shape, length, first = (9, 3, 64), 300, 70
-    together = Case([(90, 40), (0, length), (3, 1)], shape, torch.bfloat16)
-    own = together.owners == 1
+    shape, rows = (9, 3, 64), [(90, 40), (0, 300), (3, 1)]
+    together = Case(rows, shape, torch.bfloat16)
+    own = (together.owners == 1).nonzero()[:, 0]
     expected = together.found(window, rotary=True)[own]
-    found = []
-    for part in (slice(first), slice(first, length)):
-        alone = Case([(90, 40), (0, length), (3, 1)], shape, torch.bfloat16)
-        for name in ("positions", "owners", "projected", "cosine", "sine"):
-            setattr(alone, name, getattr(alone, name)[own][part])
-        alone.counts = [len(alone.positions)]
-        alone.cache = together.cache
-        found.append(alone.found(window, rotary=True))
-    assert torch.equal(torch.cat(found), expected)
+    alone = Case(rows, shape, torch.bfloat16)
+    parts = [alone.only(part).found(window, rotary=True) for part in (own[:70], own[70:])]
+    assert torch.equal(torch.cat(parts), expected)
 
 
 def test_what_the_cache_held_before_is_not_seen() -> None:
