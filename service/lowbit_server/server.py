@@ -119,7 +119,10 @@ class Server:
         await self._catalog.start()
         await self._jobs.start()
         await self._pool.start()
-        self._reporter = asyncio.create_task(self._report_health())
+        self._tasks = [
+            asyncio.create_task(self._report_health()),
+            asyncio.create_task(self._warm_up()),
+        ]
         host, _ = self._config.listen.rsplit(":", 1)
         credentials = _credentials(self._config)
         if credentials is None:
@@ -148,7 +151,8 @@ class Server:
 
     async def stop(self) -> None:
         """Stop everything, in the reverse order of start: no call may see a part that is gone."""
-        self._reporter.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._grpc.stop(CLOSE_GRACE_S)
         await self._grammars.stop()
         await self._jobs.stop()
@@ -168,6 +172,15 @@ class Server:
             for worker in self._pool.workers:
                 up = worker.state is WorkerState.READY and not self._scheduler.draining
                 await self._health.set(worker.name, status.SERVING if up else status.NOT_SERVING)
+            await changed.wait()
+
+    async def _warm_up(self) -> None:
+        """Have the workers ready for weights as soon as there are models that have some."""
+        while True:
+            changed = self._catalog.changed.next()
+            if any(one.scheme.kind != "scripted" for one in self._catalog.manifests()):
+                self._pool.warm_up()
+                return
             await changed.wait()
 
     def _publish_address(self, address: str) -> None:

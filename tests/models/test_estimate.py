@@ -88,7 +88,7 @@ def test_more_calibration_takes_longer_and_more_memory(store: Store, tmp_path: P
     assert extra >= ((1 << 24) - (1 << 10)) * widths * 2
 
 
-def test_only_the_first_load_of_a_process_imports_libraries(store: Store, tmp_path: Path) -> None:
+def test_a_load_by_a_warm_process_imports_no_libraries(store: Store, tmp_path: Path) -> None:
     base = store.imported(random_source(tmp_path / "source", **FAMILIES["llama-tied"]))
     model = footprint.read(store.manifest("base"), base)
     worker = Worker("cpu-0", "cpu", Changed())
@@ -100,10 +100,9 @@ def test_only_the_first_load_of_a_process_imports_libraries(store: Store, tmp_pa
     assert load_ms() >= 5000
     worker.load("base", base)
     assert load_ms() >= 5000
-    worker.handle(wire.AttachResponse(loaded=wire.Loaded(model="base")))
-    assert load_ms() < 500
-    worker.handle(wire.AttachResponse(unloaded=wire.Unloaded(model="base")))
-    assert not worker.replicas
+    worker.handle(wire.AttachResponse(pong=wire.Pong(warm=False)))
+    assert load_ms() >= 5000
+    worker.handle(wire.AttachResponse(pong=wire.Pong(warm=True)))
     assert load_ms() < 500
     worker.detach()
     assert load_ms() >= 5000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from lowbit import Client, ContextLengthError, InvalidArgumentError, JobFailedEr
 from lowbit.v1 import errors_pb2
 from lowbit.v1.quantization_pb2 import Calibration, Evaluation, QualityGate
 from lowbit_server.testing import ServerProcess
-from tests.models.quantkit import random_source
+from tests.models.quantkit import FAMILIES, random_source
 from tests.models.ties import parts_at_a_tie
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ MEASURED = ("nf4", "gptq")
 CALIBRATION = Calibration(samples=16, sequence_tokens=128)
 EVALUATION = Evaluation(max_tokens=512, window_tokens=256)
 NEW_TOKENS = 16
+COLD_MS, WARM_UP_S = 5000, 120.0
 PROMPTS = (
     "The capital of France is",
     "Water boils at",
@@ -206,6 +208,20 @@ def test_estimates_are_within_5_percent(server: ServerProcess) -> None:
             assert load.kv_bytes_per_token == 30 * 3 * 64 * 2 * (4 if name == "fp32" else 2)
         with pytest.raises(InvalidArgumentError, match="quantized already"):
             client.estimate_quantization("nf4", "rtn")
+
+
+def test_a_worker_warms_up_when_the_store_gets_weights(tmp_path: Path) -> None:
+    source = random_source(tmp_path / "source", **FAMILIES["llama-tied"])
+    environment = {"LOWBIT_IMPORT_ROOTS": str(source.parent)}
+    with (
+        ServerProcess(tmp_path / "home", environment=environment) as server,
+        Client(server.address) as client,
+    ):
+        client.wait_job(client.import_model("tiny", path=str(source)).id)
+        ends = time.monotonic() + WARM_UP_S
+        # What is left without the imports; nothing is ever loaded here.
+        while client.estimate_load("tiny").devices[0].duration.ToMilliseconds() >= COLD_MS:
+            assert time.monotonic() < ends
 
 
 @pytest.mark.parametrize("name", ["fp32", "int8", "rtn", "awq"])

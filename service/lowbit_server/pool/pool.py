@@ -48,6 +48,11 @@ class Pool:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def warm_up(self) -> None:
+        """Have all workers import the libraries that weights need, once they are up."""
+        for worker in self.workers:
+            worker.warm_up()
+
     @property
     def ready(self) -> bool:
         """Whether a worker takes requests."""

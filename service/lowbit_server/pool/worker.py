@@ -57,7 +57,7 @@ class Worker:
         self.pid = 0
         self.restarts = 0
         self.warm = False
-        """Whether the process has loaded a model, and its libraries with it."""
+        """Whether the process has imported the libraries that weights need."""
         self.resident_bytes = 0
         self.total_bytes = 0
         self.free_bytes = 0
@@ -69,6 +69,7 @@ class Worker:
         self.replicas: dict[str, Replica] = {}
         self._requests: dict[int, _Entry] = {}
         self._link: Link | None = None
+        self._warms_up = False
         self._changed = changed
 
     def __repr__(self) -> str:
@@ -117,6 +118,11 @@ class Worker:
             self._gone(replica, None)  # a lost worker has nothing to take off
         self._send(wire.AttachRequest(unload=wire.Unload(model=model)))
 
+    def warm_up(self) -> None:
+        """Have this process and the next ones import the libraries that weights need."""
+        self._warms_up = True
+        self._send(wire.AttachRequest(warm_up=wire.WarmUp()))
+
     def ping(self) -> None:
         """Ask the step loop for a sign of life."""
         self._send(wire.AttachRequest(ping=wire.Ping()))
@@ -130,6 +136,8 @@ class Worker:
         self.pid = pid
         self.description = ready.description
         self.last_sign_of_life = time.monotonic()
+        if self._warms_up:
+            self.warm_up()
         for replica in self.replicas.values():
             self._send_load(replica)
         self.ping()
@@ -188,6 +196,7 @@ class Worker:
         self.last_sign_of_life = time.monotonic()
         self.resident_bytes = pong.resident_bytes
         self.total_bytes, self.free_bytes = pong.total_bytes, pong.free_bytes
+        self.warm = pong.warm
         if self.state is not WorkerState.READY:
             self.state = WorkerState.READY
             self._changed.notify()
@@ -202,7 +211,6 @@ class Worker:
             replica.changed.notify()
 
     def _loaded(self, loaded: wire.Loaded) -> None:
-        self.warm = True
         if replica := self.replicas.get(loaded.model):
             if replica.state is ReplicaState.LOADING:  # not when it shall be unloaded again
                 replica.state = ReplicaState.LIVE

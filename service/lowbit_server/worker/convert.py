@@ -30,6 +30,8 @@ def command(message: pb.AttachRequest, now: float) -> Submission | Command | Non
             return message.unload
         case "ping":
             return message.ping
+        case "warm_up":
+            return message.warm_up
         case _:
             return None
 

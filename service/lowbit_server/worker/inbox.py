@@ -89,7 +89,7 @@ class LoadFailed:
     out_of_memory: bool
 
 
-Command: TypeAlias = pb.Cancel | pb.Load | pb.Unload | pb.Ping
+Command: TypeAlias = pb.Cancel | pb.Load | pb.Unload | pb.Ping | pb.WarmUp
 Item: TypeAlias = (
     Attached
     | Detached

@@ -40,6 +40,8 @@ class Loader:
         # One at a time, since transformers sets the default dtype of the whole process
         # while it builds a model. At most one load of each model waits here.
         self._turn = Lock()
+        self.warm = False
+        """Whether the libraries that weights need are imported."""
         self._log = structlog.get_logger()
 
     def start(self, model: str, path: str) -> Ticket:
@@ -52,6 +54,14 @@ class Loader:
         ticket = Ticket(model, Path(path))
         Thread(target=self._run, args=(ticket,), name="loader", daemon=True).start()
         return ticket
+
+    def warm_up(self) -> None:
+        """Begin to import what weights need; loads that come meanwhile wait."""
+        Thread(target=self._warm_up, name="warm-up", daemon=True).start()
+
+    def _warm_up(self) -> None:
+        with self._turn:
+            self._import_libraries()
 
     def _run(self, ticket: Ticket) -> None:
         with self._turn:
@@ -97,17 +107,12 @@ class Loader:
 
     def _load_weights(self, ticket: Ticket, manifest: Manifest) -> tuple[Engine, int, Vocabulary]:
         self._report(ticket, LoadPhase.LOAD_PHASE_PLACE, 0)
-        # Only here: a process that plays scripts starts without torch, which takes seconds.
-        import torch  # noqa: PLC0415
-
+        self._import_libraries()
         from lowbit_server.engine.batching import BatchingEngine  # noqa: PLC0415
         from lowbit_server.grammar.matcher import Vocabulary  # noqa: PLC0415
         from lowbit_server.models.loading import load  # noqa: PLC0415
 
         settings = self._settings
-        if settings.device == "cpu":
-            page_out_cuda()
-        torch.set_num_threads(settings.threads)
         decoder = load(ticket.path, settings.device, manifest.context_tokens)
         self._report(ticket, LoadPhase.LOAD_PHASE_WARM_UP, 0)
         kv_cache_bytes = settings.kv_cache_bytes or self._device.memory().free // 2
@@ -115,6 +120,21 @@ class Loader:
         self._report(ticket, LoadPhase.LOAD_PHASE_WARM_UP, 1)
         vocabulary = Vocabulary(ticket.path, decoder.spec.vocab_size, manifest.eos_token_ids)
         return engine, decoder.live_bytes, vocabulary
+
+    def _import_libraries(self) -> None:
+        """Import what weights need, the first time.
+
+        Not before: a process that plays scripts starts without torch, which takes seconds.
+        """
+        import torch  # noqa: PLC0415
+
+        import lowbit_server.grammar.matcher  # noqa: PLC0415
+        import lowbit_server.models.loading  # noqa: F401, PLC0415
+
+        if self._settings.device == "cpu":
+            page_out_cuda()
+        torch.set_num_threads(self._settings.threads)
+        self.warm = True
 
     def _read_through(self, ticket: Ticket, manifest: Manifest) -> None:
         """Read all files once, so that placing them finds them in the page cache."""

@@ -109,7 +109,7 @@ class StepLoop:
         waiting = sum(status.waiting for status in statuses)
         self._outbox.send(convert.step(outputs, running, waiting))
 
-    def _obey(self, item: Item) -> None:
+    def _obey(self, item: Item) -> None:  # noqa: C901  (a case for each kind of item)
         match item:
             case Submission():
                 self._submit(item)
@@ -123,6 +123,8 @@ class StepLoop:
                 self._load(item)
             case pb.Unload():
                 self._unload(item.model)
+            case pb.WarmUp():
+                self._loader.warm_up()
             case LoadAdvanced() | LoadSucceeded() | LoadFailed():
                 self._follow(item)
             case Attached():
@@ -224,6 +226,7 @@ class StepLoop:
             resident_bytes=self._process.memory_info().rss,
             total_bytes=memory.total,
             free_bytes=memory.free,
+            warm=self._loader.warm,
             kv=[
                 pb.KvUse(model=model, kv_bytes=live.engine.status().kv_bytes)
                 for model, live in self._live.items()

@@ -158,6 +158,16 @@ async def test_a_lost_worker_ends_its_requests_and_reloads_what_was_live(worker:
     assert replica.state is ReplicaState.LIVE
 
 
+async def test_every_process_of_a_worker_warms_up(pool: Pool, worker: Worker) -> None:
+    pool.warm_up()  # no process is up yet
+    assert attach(worker).take() == ["warm_up"]
+    worker.handle(event(pong=wire.Pong(warm=True)))
+    assert worker.warm
+    worker.detach()
+    assert not worker.warm
+    assert attach(worker).take() == ["warm_up"]
+
+
 async def test_a_load_that_took_its_worker_along_is_not_repeated(worker: Worker) -> None:
     attach(worker)
     replica = worker.load(MODEL, FOLDER)

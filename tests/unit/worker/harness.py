@@ -104,6 +104,10 @@ class Front:
         """Take a model off."""
         self._commands.put(pb.AttachRequest(unload=pb.Unload(model=model)))
 
+    def warm_up(self) -> None:
+        """Have the libraries imported that weights need."""
+        self._commands.put(pb.AttachRequest(warm_up=pb.WarmUp()))
+
     def ping(self) -> None:
         """Ask for a sign of life."""
         self._commands.put(pb.AttachRequest(ping=pb.Ping()))

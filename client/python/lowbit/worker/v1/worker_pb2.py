@@ -26,7 +26,7 @@ from lowbit.v1 import generation_pb2 as lowbit_dot_v1_dot_generation__pb2
 from lowbit.v1 import model_pb2 as lowbit_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dlowbit/worker/v1/worker.proto\x12\x10lowbit.worker.v1\x1a\x1alowbit/v1/generation.proto\x1a\x15lowbit/v1/model.proto\"\x92\x02\n\rAttachRequest\x12\x32\n\x06submit\x18\x01 \x01(\x0b\x32\x18.lowbit.worker.v1.SubmitH\x00R\x06submit\x12\x32\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x18.lowbit.worker.v1.CancelH\x00R\x06\x63\x61ncel\x12,\n\x04load\x18\x03 \x01(\x0b\x32\x16.lowbit.worker.v1.LoadH\x00R\x04load\x12\x32\n\x06unload\x18\x04 \x01(\x0b\x32\x18.lowbit.worker.v1.UnloadH\x00R\x06unload\x12,\n\x04ping\x18\x05 \x01(\x0b\x32\x16.lowbit.worker.v1.PingH\x00R\x04pingB\t\n\x07\x63ommand\"\x9c\x03\n\x0e\x41ttachResponse\x12/\n\x05ready\x18\x01 \x01(\x0b\x32\x17.lowbit.worker.v1.ReadyH\x00R\x05ready\x12,\n\x04step\x18\x02 \x01(\x0b\x32\x16.lowbit.worker.v1.StepH\x00R\x04step\x12\x45\n\rload_progress\x18\x03 \x01(\x0b\x32\x1e.lowbit.worker.v1.LoadProgressH\x00R\x0cloadProgress\x12\x32\n\x06loaded\x18\x04 \x01(\x0b\x32\x18.lowbit.worker.v1.LoadedH\x00R\x06loaded\x12?\n\x0bload_failed\x18\x05 \x01(\x0b\x32\x1c.lowbit.worker.v1.LoadFailedH\x00R\nloadFailed\x12\x38\n\x08unloaded\x18\x06 \x01(\x0b\x32\x1a.lowbit.worker.v1.UnloadedH\x00R\x08unloaded\x12,\n\x04pong\x18\x07 \x01(\x0b\x32\x16.lowbit.worker.v1.PongH\x00R\x04pongB\x07\n\x05\x65vent\"\xe1\x07\n\x06Submit\x12\x18\n\x07request\x18\x01 \x01(\x04R\x07request\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1a\n\x06prompt\x18\x03 \x03(\rB\x02\x10\x01R\x06prompt\x12 \n\x0btemperature\x18\x04 \x01(\x02R\x0btemperature\x12\x13\n\x05top_p\x18\x05 \x01(\x02R\x04topP\x12\x13\n\x05top_k\x18\x06 \x01(\rR\x04topK\x12\x13\n\x05min_p\x18\x07 \x01(\x02R\x04minP\x12-\n\x12repetition_penalty\x18\x08 \x01(\x02R\x11repetitionPenalty\x12)\n\x10presence_penalty\x18\t \x01(\x02R\x0fpresencePenalty\x12+\n\x11\x66requency_penalty\x18\n \x01(\x02R\x10\x66requencyPenalty\x12\x12\n\x04seed\x18\x0b \x01(\x04R\x04seed\x12\x1d\n\nmax_tokens\x18\x0c \x01(\rR\tmaxTokens\x12\x1d\n\nmin_tokens\x18\r \x01(\rR\tminTokens\x12&\n\reos_token_ids\x18\x0e \x03(\rB\x02\x10\x01R\x0b\x65osTokenIds\x12(\n\x0estop_token_ids\x18\x0f \x03(\rB\x02\x10\x01R\x0cstopTokenIds\x12\"\n\rtime_limit_ms\x18\x10 \x01(\x04R\x0btimeLimitMs\x12\x1f\n\x08logprobs\x18\x11 \x01(\rH\x00R\x08logprobs\x88\x01\x01\x12\x1b\n\ttypical_p\x18\x12 \x01(\x02R\x08typicalP\x12\x33\n\nlogit_bias\x18\x13 \x03(\x0b\x32\x14.lowbit.v1.LogitBiasR\tlogitBias\x12\x35\n\tbad_words\x18\x14 \x03(\x0b\x32\x18.lowbit.v1.TokenSequenceR\x08\x62\x61\x64Words\x12\x39\n\rcontinuations\x18\x15 \x03(\x0b\x32\x13.lowbit.v1.TokenIdsR\rcontinuations\x12\x0c\n\x01n\x18\x16 \x01(\rR\x01n\x12\'\n\x0fprompt_logprobs\x18\x17 \x01(\x08R\x0epromptLogprobs\x12;\n\nconstraint\x18\x18 \x01(\x0b\x32\x1b.lowbit.v1.OutputConstraintR\nconstraint\x12$\n\rdeterministic\x18\x19 \x01(\x08R\rdeterministic\x12\x30\n\x14prompt_lookup_tokens\x18\x1a \x01(\rR\x12promptLookupTokens\x12\x1d\n\ncache_salt\x18\x1b \x01(\x0cR\tcacheSaltB\x0b\n\t_logprobs\"G\n\x06\x43\x61ncel\x12\x18\n\x07request\x18\x01 \x01(\x04R\x07request\x12\x19\n\x05index\x18\x02 \x01(\rH\x00R\x05index\x88\x01\x01\x42\x08\n\x06_index\"0\n\x04Load\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\"\x1e\n\x06Unload\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"\x06\n\x04Ping\"A\n\x05Ready\x12\x16\n\x06\x64\x65vice\x18\x01 \x01(\tR\x06\x64\x65vice\x12 \n\x0b\x64\x65scription\x18\x02 \x01(\tR\x0b\x64\x65scription\"\xfb\x02\n\x06Output\x12\x18\n\x07request\x18\x01 \x01(\x04R\x07request\x12\x1f\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01R\x08tokenIds\x12/\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x17.lowbit.v1.FinishReasonR\x06\x66inish\x12\x19\n\x08queue_us\x18\x04 \x01(\x04R\x07queueUs\x12\x14\n\x05\x65rror\x18\x05 \x01(\tR\x05\x65rror\x12,\n\x08logprobs\x18\x06 \x03(\x0b\x32\x10.lowbit.v1.TokenR\x08logprobs\x12\x14\n\x05index\x18\x07 \x01(\rR\x05index\x12\x16\n\x06greedy\x18\x08 \x01(\x08R\x06greedy\x12\x39\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x10.lowbit.v1.TokenR\x0epromptLogprobs\x12#\n\rcached_tokens\x18\n \x01(\rR\x0c\x63\x61\x63hedTokens\x12\x18\n\x07refused\x18\x0b \x01(\x08R\x07refused\"n\n\x04Step\x12\x32\n\x07outputs\x18\x01 \x03(\x0b\x32\x18.lowbit.worker.v1.OutputR\x07outputs\x12\x18\n\x07running\x18\x02 \x01(\rR\x07running\x12\x18\n\x07waiting\x18\x03 \x01(\rR\x07waiting\"l\n\x0cLoadProgress\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12*\n\x05phase\x18\x02 \x01(\x0e\x32\x14.lowbit.v1.LoadPhaseR\x05phase\x12\x1a\n\x08\x66raction\x18\x03 \x01(\x02R\x08\x66raction\"d\n\x06Loaded\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nlive_bytes\x18\x02 \x01(\x04R\tliveBytes\x12%\n\x0e\x63ontext_tokens\x18\x03 \x01(\rR\rcontextTokens\"`\n\nLoadFailed\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\x12\"\n\rout_of_memory\x18\x03 \x01(\x08R\x0boutOfMemory\" \n\x08Unloaded\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"\x96\x01\n\x04Pong\x12%\n\x0eresident_bytes\x18\x01 \x01(\x04R\rresidentBytes\x12\x1f\n\x0btotal_bytes\x18\x02 \x01(\x04R\ntotalBytes\x12\x1d\n\nfree_bytes\x18\x03 \x01(\x04R\tfreeBytes\x12\'\n\x02kv\x18\x04 \x03(\x0b\x32\x17.lowbit.worker.v1.KvUseR\x02kv\"8\n\x05KvUse\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x19\n\x08kv_bytes\x18\x02 \x01(\x04R\x07kvBytes2`\n\rWorkerService\x12O\n\x06\x41ttach\x12\x1f.lowbit.worker.v1.AttachRequest\x1a .lowbit.worker.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dlowbit/worker/v1/worker.proto\x12\x10lowbit.worker.v1\x1a\x1alowbit/v1/generation.proto\x1a\x15lowbit/v1/model.proto\"\xc7\x02\n\rAttachRequest\x12\x32\n\x06submit\x18\x01 \x01(\x0b\x32\x18.lowbit.worker.v1.SubmitH\x00R\x06submit\x12\x32\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x18.lowbit.worker.v1.CancelH\x00R\x06\x63\x61ncel\x12,\n\x04load\x18\x03 \x01(\x0b\x32\x16.lowbit.worker.v1.LoadH\x00R\x04load\x12\x32\n\x06unload\x18\x04 \x01(\x0b\x32\x18.lowbit.worker.v1.UnloadH\x00R\x06unload\x12,\n\x04ping\x18\x05 \x01(\x0b\x32\x16.lowbit.worker.v1.PingH\x00R\x04ping\x12\x33\n\x07warm_up\x18\x06 \x01(\x0b\x32\x18.lowbit.worker.v1.WarmUpH\x00R\x06warmUpB\t\n\x07\x63ommand\"\x9c\x03\n\x0e\x41ttachResponse\x12/\n\x05ready\x18\x01 \x01(\x0b\x32\x17.lowbit.worker.v1.ReadyH\x00R\x05ready\x12,\n\x04step\x18\x02 \x01(\x0b\x32\x16.lowbit.worker.v1.StepH\x00R\x04step\x12\x45\n\rload_progress\x18\x03 \x01(\x0b\x32\x1e.lowbit.worker.v1.LoadProgressH\x00R\x0cloadProgress\x12\x32\n\x06loaded\x18\x04 \x01(\x0b\x32\x18.lowbit.worker.v1.LoadedH\x00R\x06loaded\x12?\n\x0bload_failed\x18\x05 \x01(\x0b\x32\x1c.lowbit.worker.v1.LoadFailedH\x00R\nloadFailed\x12\x38\n\x08unloaded\x18\x06 \x01(\x0b\x32\x1a.lowbit.worker.v1.UnloadedH\x00R\x08unloaded\x12,\n\x04pong\x18\x07 \x01(\x0b\x32\x16.lowbit.worker.v1.PongH\x00R\x04pongB\x07\n\x05\x65vent\"\xe1\x07\n\x06Submit\x12\x18\n\x07request\x18\x01 \x01(\x04R\x07request\x12\x14\n\x05model\x18\x02 \x01(\tR\x05model\x12\x1a\n\x06prompt\x18\x03 \x03(\rB\x02\x10\x01R\x06prompt\x12 \n\x0btemperature\x18\x04 \x01(\x02R\x0btemperature\x12\x13\n\x05top_p\x18\x05 \x01(\x02R\x04topP\x12\x13\n\x05top_k\x18\x06 \x01(\rR\x04topK\x12\x13\n\x05min_p\x18\x07 \x01(\x02R\x04minP\x12-\n\x12repetition_penalty\x18\x08 \x01(\x02R\x11repetitionPenalty\x12)\n\x10presence_penalty\x18\t \x01(\x02R\x0fpresencePenalty\x12+\n\x11\x66requency_penalty\x18\n \x01(\x02R\x10\x66requencyPenalty\x12\x12\n\x04seed\x18\x0b \x01(\x04R\x04seed\x12\x1d\n\nmax_tokens\x18\x0c \x01(\rR\tmaxTokens\x12\x1d\n\nmin_tokens\x18\r \x01(\rR\tminTokens\x12&\n\reos_token_ids\x18\x0e \x03(\rB\x02\x10\x01R\x0b\x65osTokenIds\x12(\n\x0estop_token_ids\x18\x0f \x03(\rB\x02\x10\x01R\x0cstopTokenIds\x12\"\n\rtime_limit_ms\x18\x10 \x01(\x04R\x0btimeLimitMs\x12\x1f\n\x08logprobs\x18\x11 \x01(\rH\x00R\x08logprobs\x88\x01\x01\x12\x1b\n\ttypical_p\x18\x12 \x01(\x02R\x08typicalP\x12\x33\n\nlogit_bias\x18\x13 \x03(\x0b\x32\x14.lowbit.v1.LogitBiasR\tlogitBias\x12\x35\n\tbad_words\x18\x14 \x03(\x0b\x32\x18.lowbit.v1.TokenSequenceR\x08\x62\x61\x64Words\x12\x39\n\rcontinuations\x18\x15 \x03(\x0b\x32\x13.lowbit.v1.TokenIdsR\rcontinuations\x12\x0c\n\x01n\x18\x16 \x01(\rR\x01n\x12\'\n\x0fprompt_logprobs\x18\x17 \x01(\x08R\x0epromptLogprobs\x12;\n\nconstraint\x18\x18 \x01(\x0b\x32\x1b.lowbit.v1.OutputConstraintR\nconstraint\x12$\n\rdeterministic\x18\x19 \x01(\x08R\rdeterministic\x12\x30\n\x14prompt_lookup_tokens\x18\x1a \x01(\rR\x12promptLookupTokens\x12\x1d\n\ncache_salt\x18\x1b \x01(\x0cR\tcacheSaltB\x0b\n\t_logprobs\"G\n\x06\x43\x61ncel\x12\x18\n\x07request\x18\x01 \x01(\x04R\x07request\x12\x19\n\x05index\x18\x02 \x01(\rH\x00R\x05index\x88\x01\x01\x42\x08\n\x06_index\"0\n\x04Load\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x12\n\x04path\x18\x02 \x01(\tR\x04path\"\x1e\n\x06Unload\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"\x06\n\x04Ping\"\x08\n\x06WarmUp\"A\n\x05Ready\x12\x16\n\x06\x64\x65vice\x18\x01 \x01(\tR\x06\x64\x65vice\x12 \n\x0b\x64\x65scription\x18\x02 \x01(\tR\x0b\x64\x65scription\"\xfb\x02\n\x06Output\x12\x18\n\x07request\x18\x01 \x01(\x04R\x07request\x12\x1f\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01R\x08tokenIds\x12/\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x17.lowbit.v1.FinishReasonR\x06\x66inish\x12\x19\n\x08queue_us\x18\x04 \x01(\x04R\x07queueUs\x12\x14\n\x05\x65rror\x18\x05 \x01(\tR\x05\x65rror\x12,\n\x08logprobs\x18\x06 \x03(\x0b\x32\x10.lowbit.v1.TokenR\x08logprobs\x12\x14\n\x05index\x18\x07 \x01(\rR\x05index\x12\x16\n\x06greedy\x18\x08 \x01(\x08R\x06greedy\x12\x39\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x10.lowbit.v1.TokenR\x0epromptLogprobs\x12#\n\rcached_tokens\x18\n \x01(\rR\x0c\x63\x61\x63hedTokens\x12\x18\n\x07refused\x18\x0b \x01(\x08R\x07refused\"n\n\x04Step\x12\x32\n\x07outputs\x18\x01 \x03(\x0b\x32\x18.lowbit.worker.v1.OutputR\x07outputs\x12\x18\n\x07running\x18\x02 \x01(\rR\x07running\x12\x18\n\x07waiting\x18\x03 \x01(\rR\x07waiting\"l\n\x0cLoadProgress\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12*\n\x05phase\x18\x02 \x01(\x0e\x32\x14.lowbit.v1.LoadPhaseR\x05phase\x12\x1a\n\x08\x66raction\x18\x03 \x01(\x02R\x08\x66raction\"d\n\x06Loaded\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x1d\n\nlive_bytes\x18\x02 \x01(\x04R\tliveBytes\x12%\n\x0e\x63ontext_tokens\x18\x03 \x01(\rR\rcontextTokens\"`\n\nLoadFailed\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\x12\"\n\rout_of_memory\x18\x03 \x01(\x08R\x0boutOfMemory\" \n\x08Unloaded\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\"\xaa\x01\n\x04Pong\x12%\n\x0eresident_bytes\x18\x01 \x01(\x04R\rresidentBytes\x12\x1f\n\x0btotal_bytes\x18\x02 \x01(\x04R\ntotalBytes\x12\x1d\n\nfree_bytes\x18\x03 \x01(\x04R\tfreeBytes\x12\'\n\x02kv\x18\x04 \x03(\x0b\x32\x17.lowbit.worker.v1.KvUseR\x02kv\x12\x12\n\x04warm\x18\x05 \x01(\x08R\x04warm\"8\n\x05KvUse\x12\x14\n\x05model\x18\x01 \x01(\tR\x05model\x12\x19\n\x08kv_bytes\x18\x02 \x01(\x04R\x07kvBytes2`\n\rWorkerService\x12O\n\x06\x41ttach\x12\x1f.lowbit.worker.v1.AttachRequest\x1a .lowbit.worker.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,37 +42,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OUTPUT'].fields_by_name['token_ids']._loaded_options = None
   _globals['_OUTPUT'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_ATTACHREQUEST']._serialized_start=103
-  _globals['_ATTACHREQUEST']._serialized_end=377
-  _globals['_ATTACHRESPONSE']._serialized_start=380
-  _globals['_ATTACHRESPONSE']._serialized_end=792
-  _globals['_SUBMIT']._serialized_start=795
-  _globals['_SUBMIT']._serialized_end=1788
-  _globals['_CANCEL']._serialized_start=1790
-  _globals['_CANCEL']._serialized_end=1861
-  _globals['_LOAD']._serialized_start=1863
-  _globals['_LOAD']._serialized_end=1911
-  _globals['_UNLOAD']._serialized_start=1913
-  _globals['_UNLOAD']._serialized_end=1943
-  _globals['_PING']._serialized_start=1945
-  _globals['_PING']._serialized_end=1951
-  _globals['_READY']._serialized_start=1953
-  _globals['_READY']._serialized_end=2018
-  _globals['_OUTPUT']._serialized_start=2021
-  _globals['_OUTPUT']._serialized_end=2400
-  _globals['_STEP']._serialized_start=2402
-  _globals['_STEP']._serialized_end=2512
-  _globals['_LOADPROGRESS']._serialized_start=2514
-  _globals['_LOADPROGRESS']._serialized_end=2622
-  _globals['_LOADED']._serialized_start=2624
-  _globals['_LOADED']._serialized_end=2724
-  _globals['_LOADFAILED']._serialized_start=2726
-  _globals['_LOADFAILED']._serialized_end=2822
-  _globals['_UNLOADED']._serialized_start=2824
-  _globals['_UNLOADED']._serialized_end=2856
-  _globals['_PONG']._serialized_start=2859
-  _globals['_PONG']._serialized_end=3009
-  _globals['_KVUSE']._serialized_start=3011
-  _globals['_KVUSE']._serialized_end=3067
-  _globals['_WORKERSERVICE']._serialized_start=3069
-  _globals['_WORKERSERVICE']._serialized_end=3165
+  _globals['_ATTACHREQUEST']._serialized_end=430
+  _globals['_ATTACHRESPONSE']._serialized_start=433
+  _globals['_ATTACHRESPONSE']._serialized_end=845
+  _globals['_SUBMIT']._serialized_start=848
+  _globals['_SUBMIT']._serialized_end=1841
+  _globals['_CANCEL']._serialized_start=1843
+  _globals['_CANCEL']._serialized_end=1914
+  _globals['_LOAD']._serialized_start=1916
+  _globals['_LOAD']._serialized_end=1964
+  _globals['_UNLOAD']._serialized_start=1966
+  _globals['_UNLOAD']._serialized_end=1996
+  _globals['_PING']._serialized_start=1998
+  _globals['_PING']._serialized_end=2004
+  _globals['_WARMUP']._serialized_start=2006
+  _globals['_WARMUP']._serialized_end=2014
+  _globals['_READY']._serialized_start=2016
+  _globals['_READY']._serialized_end=2081
+  _globals['_OUTPUT']._serialized_start=2084
+  _globals['_OUTPUT']._serialized_end=2463
+  _globals['_STEP']._serialized_start=2465
+  _globals['_STEP']._serialized_end=2575
+  _globals['_LOADPROGRESS']._serialized_start=2577
+  _globals['_LOADPROGRESS']._serialized_end=2685
+  _globals['_LOADED']._serialized_start=2687
+  _globals['_LOADED']._serialized_end=2787
+  _globals['_LOADFAILED']._serialized_start=2789
+  _globals['_LOADFAILED']._serialized_end=2885
+  _globals['_UNLOADED']._serialized_start=2887
+  _globals['_UNLOADED']._serialized_end=2919
+  _globals['_PONG']._serialized_start=2922
+  _globals['_PONG']._serialized_end=3092
+  _globals['_KVUSE']._serialized_start=3094
+  _globals['_KVUSE']._serialized_end=3150
+  _globals['_WORKERSERVICE']._serialized_start=3152
+  _globals['_WORKERSERVICE']._serialized_end=3248
 # @@protoc_insertion_point(module_scope)

@@ -31,6 +31,7 @@ class AttachRequest(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     UNLOAD_FIELD_NUMBER: _builtins.int
     PING_FIELD_NUMBER: _builtins.int
+    WARM_UP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def submit(self) -> Global___Submit:
         """Runs a request."""
@@ -51,6 +52,10 @@ class AttachRequest(_message.Message):
     def ping(self) -> Global___Ping:
         """Asks for a sign of life from the step loop."""
 
+    @_builtins.property
+    def warm_up(self) -> Global___WarmUp:
+        """Has the libraries imported that models with weights need."""
+
     def __init__(
         self,
         *,
@@ -59,12 +64,13 @@ class AttachRequest(_message.Message):
         load: Global___Load | None = ...,
         unload: Global___Unload | None = ...,
         ping: Global___Ping | None = ...,
+        warm_up: Global___WarmUp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "load", b"load", "ping", b"ping", "submit", b"submit", "unload", b"unload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "load", b"load", "ping", b"ping", "submit", b"submit", "unload", b"unload", "warm_up", b"warm_up"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "load", b"load", "ping", b"ping", "submit", b"submit", "unload", b"unload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "load", b"load", "ping", b"ping", "submit", b"submit", "unload", b"unload", "warm_up", b"warm_up"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["submit", "cancel", "load", "unload", "ping"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["submit", "cancel", "load", "unload", "ping", "warm_up"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -370,6 +376,23 @@ class Ping(_message.Message):
 Global___Ping: _TypeAlias = Ping  # noqa: Y015
 
 @_typing.final
+class WarmUp(_message.Message):
+    """Imports libraries before the first load needs them; that takes seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WarmUp: _TypeAlias = WarmUp  # noqa: Y015
+
+@_typing.final
 class Ready(_message.Message):
     """The worker is up."""
 
@@ -619,12 +642,15 @@ class Pong(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
     KV_FIELD_NUMBER: _builtins.int
+    WARM_FIELD_NUMBER: _builtins.int
     resident_bytes: _builtins.int
     """Resident memory of the process, bytes."""
     total_bytes: _builtins.int
     """Memory of the device in all, bytes."""
     free_bytes: _builtins.int
     """Memory of the device that is free, bytes."""
+    warm: _builtins.bool
+    """Whether the libraries are imported that models with weights need."""
     @_builtins.property
     def kv(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvUse]:
         """KV cache of each live model."""
@@ -636,10 +662,11 @@ class Pong(_message.Message):
         total_bytes: _builtins.int = ...,
         free_bytes: _builtins.int = ...,
         kv: _abc.Iterable[Global___KvUse] | None = ...,
+        warm: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_bytes", b"free_bytes", "kv", b"kv", "resident_bytes", b"resident_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_bytes", b"free_bytes", "kv", b"kv", "resident_bytes", b"resident_bytes", "total_bytes", b"total_bytes", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
