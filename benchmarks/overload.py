@@ -4,7 +4,8 @@
 
 A server runs and admits 16 requests. They arrive at random moments: one after the other
 ("alone"), at 0.8 times what the server can do ("busy") and at 10 times that ("overload"), each
-for `--seconds`, after a lead-in that is not counted: nothing runs when it begins. Without
+for `--seconds`, after a lead-in that is not counted: nothing runs when it begins. Outputs have
+50 to 150 tokens: with equal ones they would begin and end in step. Without
 --model the scripted engine makes a token every 10 ms for each stream, so that what is seen is
 the service; with it, the folder or GGUF file is imported. Capacity is measured first. Printed
 are the time to first token of admitted requests, how long a refusal takes, and the memory of
@@ -31,7 +32,7 @@ from lowbit import AsyncClient, ClientOptions, QueueFullError
 from lowbit_server.testing import ServerProcess, scripted_model
 
 SLOTS = 16
-TOKENS = 100
+TOKENS = 50, 150
 STEP_MS = 10.0
 PROMPT = "Once upon a time, in a village by the sea, there lived an old man who"
 TIMEOUT_S = 60.0
@@ -86,7 +87,7 @@ class Traffic:
             "model",
             # None begins like another.
             f"{self._random.random()} {PROMPT}",
-            max_tokens=TOKENS,
+            max_tokens=self._random.randint(*TOKENS),
             temperature=0,
             ignore_eos=True,
             timeout=TIMEOUT_S,

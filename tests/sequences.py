@@ -9,6 +9,7 @@ from lowbit_server.models.decoder import Batch, Span, blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from ctypes import c_int
 
     import torch
 
@@ -24,13 +25,19 @@ class Sequences:
         self._blocks: list[list[int]] = [[] for _ in range(count)]
         self.lengths = [0] * count
 
-    def feed(self, *new: Sequence[int]) -> torch.Tensor:
-        """Return the logits after each new token of each sequence, (tokens, vocabulary) float32."""
+    def feed(self, *new: Sequence[int], interrupt: c_int | None = None) -> torch.Tensor:
+        """Return the logits after each new token of each sequence, (tokens, vocabulary) float32.
+
+        After an InterruptedPassError the sequences are as they were.
+        """
         spans = []
         for row, tokens in enumerate(new):
             end = self.lengths[row] + len(tokens)
             self._blocks[row] += self._kv.take(blocks_of(end) - len(self._blocks[row]))
             if tokens:
                 spans.append(Span(tokens, self.lengths[row], self._blocks[row], len(tokens)))
-            self.lengths[row] = end
-        return self._model.forward(Batch(spans, self._kv.keys, self._kv.values)).float()
+        batch = Batch(spans, self._kv.keys, self._kv.values, interrupt)
+        logits = self._model.forward(batch).float()
+        for row, tokens in enumerate(new):
+            self.lengths[row] += len(tokens)
+        return logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import c_int
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ from lowbit_server import kernels
 from lowbit_server.jobs.spec import CalibrationSpec
 from lowbit_server.kernels import products
 from lowbit_server.models import attention
+from lowbit_server.models.decoder import InterruptedPassError
 from lowbit_server.models.fused import FusedModel
 from lowbit_server.models.loading import load
 from lowbit_server.models.transformers import TransformersModel, place
@@ -240,6 +242,23 @@ def test_all_layers_in_one_call_read_quantized_weights(scheme: Scheme, tmp_path:
     found = [sequences.feed(text[:20]), *(sequences.feed([token]) for token in text[20:])]
     expected = Sequences(TransformersModel(place(small, "cpu"), CONTEXT), 1).feed(text)
     assert deviation(torch.cat(found), expected) < 0.03  # bfloat16, rounded in other places
+
+
+@needs_products
+def test_what_an_interrupted_pass_did_is_done_again(tmp_path: Path) -> None:
+    model = fused(random_source(tmp_path / "source", torch.bfloat16, **FAMILIES["llama-tied"]))
+    texts = [tokens(20, seed) for seed in range(3)]
+    found = []
+    for value in (0, 1):
+        sequences = Sequences(model, 3)
+        sequences.feed(*(text[:10] for text in texts))
+        step = [text[10:11] for text in texts]
+        if value:
+            with pytest.raises(InterruptedPassError):
+                sequences.feed(*step, interrupt=c_int(value))
+        again = sequences.feed(*step, interrupt=c_int(0))
+        found.append(torch.cat([again, sequences.feed(*(text[11:12] for text in texts))]))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, TypeVarTuple
 
 import structlog
@@ -14,17 +15,18 @@ from lowbit_server.engine.choosing import NOT_NUMBERS, Chooser
 from lowbit_server.engine.engine import Status
 from lowbit_server.engine.kv_cache import KvCache
 from lowbit_server.engine.logprobs import token_logprobs
-from lowbit_server.engine.lookup import PromptLookup
+from lowbit_server.engine.lookup import draft
 from lowbit_server.engine.pacing import Pacing
-from lowbit_server.engine.reading import is_alone, next_chunks, span_of, wanted_of
+from lowbit_server.engine.reading import is_alone, is_whole, next_chunks, span_of, wanted_of
 from lowbit_server.engine.request import Output
 from lowbit_server.engine.residents import Residents
 from lowbit_server.engine.roster import Roster
 from lowbit_server.engine.scoring import Scoring
-from lowbit_server.models.decoder import BLOCK_TOKENS, Batch, Span
+from lowbit_server.models.decoder import BLOCK_TOKENS, Batch, InterruptedPassError, Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from ctypes import c_int
 
     from torch import Tensor
 
@@ -43,12 +45,23 @@ when it is its turn, and goes on: a thousand continuations must not hold up a pr
 class BatchingEngine:
     """Runs requests on a `DecoderModel`."""
 
-    def __init__(self, model: DecoderModel, max_running: int, kv_cache_bytes: int) -> None:
+    def __init__(
+        self,
+        model: DecoderModel,
+        max_running: int,
+        kv_cache_bytes: int,
+        interrupt: c_int | None = None,
+    ) -> None:
         """Make an idle engine of at most `max_running` slots and `kv_cache_bytes`.
 
-        Raises MemoryError when not even a short request fits.
+        Another thread makes `interrupt` other than 0 when a request comes during a step, who
+        calls `step` makes it 0. Raises MemoryError when not even a short request fits.
         """
         self._model = model
+        self._interrupt = interrupt
+        # Since the streams last got tokens: how much was read of prompts before theirs, and
+        # whether a pass of theirs was interrupted, which does not happen twice.
+        self._read_first, self._interrupted = 0, False
         self._kv = KvCache(model.spec, kv_cache_bytes)
         self.context_tokens = min(model.spec.context_tokens, self._kv.blocks * BLOCK_TOKENS)
         if self.context_tokens < 1:
@@ -81,15 +94,17 @@ class BatchingEngine:
         return outputs
 
     def step(self) -> list[Output]:
-        """Decode every running output by a token or more, then read a chunk.
+        """Read short prompts by themselves, or decode every running output and read a chunk.
 
-        That is one of a prompt, several whole short prompts, or one of a continuation.
+        Prompts wait for no stream so, but only between two tokens of all streams; a pass of
+        these ends without effect when a request comes before half of it is done. A chunk is
+        one of a prompt, several whole prompts, or one of a continuation.
         """
         with torch.inference_mode():
             outputs = self._roster.expire(time.monotonic())
             self._residents.drop_ended()
             self._residents.make_room()
-            outputs += self._mixed() or self._apart()
+            outputs += self._first_tokens() or self._mixed() or self._apart()
             self._residents.drop_ended()
         return outputs
 
@@ -99,13 +114,26 @@ class BatchingEngine:
         due = -math.inf if running or waiting else None
         return Status(due, running, waiting, self._kv.held_bytes)
 
+    def _first_tokens(self) -> list[Output]:
+        """Read short prompts before the streams' next tokens; of these, two chunks at most."""
+        if not self._residents.decoding or self._left_first <= 0:
+            return []
+        chunks = next_chunks(self._residents, self._left_first)
+        whole = [*takewhile(lambda chunk: is_whole(*chunk), chunks)]
+        tokens, began = sum(len(chunk) for _, chunk in whole), time.perf_counter()
+        self._read_first += tokens
+        outputs = self._read_guarded(whole)
+        if not self._model.spec.mixes:
+            self._pacing.read(tokens, time.perf_counter() - began)
+        return outputs
+
     def _mixed(self) -> list[Output]:
         """Decode and read in one pass; nothing is done where that is not possible or no use."""
         rows = self._residents.decoding
         step_s = self._pacing.step_s if self._model.spec.mixes and rows else 0
         if not step_s or any(row.request.deterministic for row in rows):
             return []
-        chunks = next_chunks(self._residents, self._pacing)
+        chunks = next_chunks(self._residents, self._chunk_tokens)
         if not chunks or is_alone(chunks[0][0]):
             return []
         rows, began = [*rows], time.perf_counter()
@@ -116,6 +144,7 @@ class BatchingEngine:
         except Exception:  # noqa: BLE001  (whatever it is, it comes again or not)
             self._log.exception("a mixed step is done apart", requests=len(rows) + len(chunks))
             return []
+        self._read_first, self._interrupted = 0, False
         for row in rows:
             row.length += 1
         running = [row.running for row in rows]
@@ -137,9 +166,14 @@ class BatchingEngine:
         batches += [[row for row in rows if not row.request.deterministic]]
         outputs: list[Output] = []
         began = time.perf_counter()
-        for batch in filter(None, batches):
-            running = [row.running for row in batch]
-            outputs += self._guarded(running, self._extend, batch)
+        try:
+            for batch in filter(None, batches):
+                running = [row.running for row in batch]
+                outputs += self._guarded(running, self._extend, batch)
+        except InterruptedPassError:
+            self._interrupted = True
+            return outputs
+        self._read_first, self._interrupted = 0, False
         if rows:
             self._pacing.step_s = time.perf_counter() - began
         return outputs
@@ -147,40 +181,35 @@ class BatchingEngine:
     def _extend(self, rows: Sequence[Row]) -> list[Output]:
         """Run each row's last token and what is drafted behind it."""
         drafts, spans = self._drafts(rows)
-        logits = self._forward(spans)
+        would_read = self._roster.has_room and self._left_first > 0
+        may_interrupt = would_read and not self._interrupted
+        logits = self._forward(spans, self._interrupt if may_interrupt else None)
         for row in rows:
             row.length += 1
         return self._chooser.choose(drafts, logits)
 
     def _drafts(self, rows: Sequence[Row]) -> tuple[dict[Row, Sequence[int]], list[Span]]:
         """Return what is drafted for each row, and what is run for it."""
-        drafted = [(row, self._draft(row)) for row in rows]
+        drafted = [(row, draft(row, self._residents)) for row in rows]
         # Those of one token first: they are one rectangle.
         drafts = dict(sorted(drafted, key=lambda pair: len(pair[1]) > 0))
         spans = [
-            Span((row.running.tokens[-1], *draft), row.length, row.blocks, 1 + len(draft))
-            for row, draft in drafts.items()
+            Span((row.running.tokens[-1], *guess), row.length, row.blocks, 1 + len(guess))
+            for row, guess in drafts.items()
         ]
         return drafts, spans
 
-    def _draft(self, row: Row) -> Sequence[int]:
-        """Guess what may follow, as far as there is room for it."""
-        running, request = row.running, row.request
-        if request.deterministic or not request.prompt_lookup_tokens:
-            return ()
-        if running.lookup is None:
-            running.lookup = PromptLookup(request.prompt)
-        running.lookup.follow(running.tokens)
-        room = (len(row.blocks) + self._kv.available) * BLOCK_TOKENS
-        left = min(running.context_tokens, room, len(request.prompt) + request.max_tokens)
-        # Of what is left the step makes one token without a draft.
-        count = min(request.prompt_lookup_tokens, left - row.known - 1)
-        draft = running.lookup.draft(max(count, 0))
-        self._residents.grow(row, row.known + len(draft))
-        return draft
+    @property
+    def _chunk_tokens(self) -> int:
+        return self._pacing.chunk_tokens(beside_streams=len(self._residents.decoding) > 0)
+
+    @property
+    def _left_first(self) -> int:
+        """How many tokens of prompts may be read before the streams' next ones."""
+        return 2 * self._chunk_tokens - self._read_first
 
     def _read_on(self) -> list[Output]:
-        chunks = next_chunks(self._residents, self._pacing)
+        chunks = next_chunks(self._residents, self._chunk_tokens)
         if not chunks:
             return []
         beside_streams = len(self._residents.decoding) > 0
@@ -260,8 +289,8 @@ class BatchingEngine:
     def _others_wait(self) -> bool:
         return self._roster.waiting > 0 or len(self._residents.reading) > 1
 
-    def _forward(self, spans: Sequence[Span]) -> Tensor:
-        return self._model.forward(Batch(spans, self._kv.keys, self._kv.values))
+    def _forward(self, spans: Sequence[Span], interrupt: c_int | None = None) -> Tensor:
+        return self._model.forward(Batch(spans, self._kv.keys, self._kv.values, interrupt))
 
     def _guarded(
         self,
@@ -272,6 +301,8 @@ class BatchingEngine:
         """Do some work; its failure ends these outputs, the others never notice."""
         try:
             return work(*arguments)
+        except InterruptedPassError:
+            raise
         except Exception as error:  # noqa: BLE001  (whatever it is, the loop goes on)
             self._log.exception("a step failed", requests=len(outputs))
             message = f"{type(error).__name__} in the engine: {error}"[:200]

@@ -11,7 +11,6 @@ from lowbit_server.models.decoder import Span
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lowbit_server.engine.pacing import Pacing
     from lowbit_server.engine.residents import Residents
     from lowbit_server.engine.rows import Row
 
@@ -21,9 +20,9 @@ DETERMINISTIC_CHUNK_TOKENS = 64
 """What a deterministic prompt is read in, whoever runs beside it."""
 
 
-def next_chunks(residents: Residents, pacing: Pacing) -> list[Chunk]:
-    """Return what is read next: of one row, or of as many prompts as there is room for."""
-    left = pacing.chunk_tokens(beside_streams=len(residents.decoding) > 0)
+def next_chunks(residents: Residents, tokens: int) -> list[Chunk]:
+    """Return what is read next: of one row, or of as many prompts as `tokens` have room for."""
+    left = tokens
     chunks: list[Chunk] = []
     for row in residents.to_read(time.monotonic()):
         if is_alone(row):
@@ -38,8 +37,12 @@ def next_chunks(residents: Residents, pacing: Pacing) -> list[Chunk]:
 
 def is_alone(row: Row) -> bool:
     """Return whether a row is read in passes of its own."""
-    request = row.request
-    return row.scoring is not None or request.deterministic or request.prompt_logprobs
+    return row.scoring is not None or row.request.deterministic or row.tells
+
+
+def is_whole(row: Row, chunk: Sequence[int]) -> bool:
+    """Return whether a chunk is a prompt, but for what was cached, that may be read with others."""
+    return not is_alone(row) and row.running.cached_tokens + len(chunk) == row.known
 
 
 def span_of(row: Row, chunk: Sequence[int]) -> Span:

@@ -34,6 +34,11 @@ class Roster:
         """Number of outputs that wait for a slot."""
         return sum(map(len, self._waiting))
 
+    @property
+    def has_room(self) -> bool:
+        """Whether there is a slot for the next output, with nobody waiting for it."""
+        return not self._waiting and len(self.running) < self._max_running
+
     def submit(self, request: Request, context_tokens: int) -> list[Output]:
         """Put a request at the end of the queue; return its end when it cannot run.
 

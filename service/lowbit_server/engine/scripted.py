@@ -69,7 +69,11 @@ class ScriptedConfig(BaseModel):
 
 
 class ScriptedEngine:
-    """Plays a script for each request, all of them on one clock."""
+    """Plays a script for each request.
+
+    As prompts interrupt the steps of a `BatchingEngine`, a first token comes as soon as its
+    prefill is over; all further ones come on one clock.
+    """
 
     def __init__(self, config: ScriptedConfig, max_running: int) -> None:
         """Make an engine of at most `max_running` slots; the script may want fewer."""
@@ -81,35 +85,52 @@ class ScriptedEngine:
 
     def submit(self, request: Request) -> list[Output]:
         """Queue a request; the first one after an idle time starts the clock anew."""
+        now = time.monotonic()
         if self.status().due is None:
-            self._due = time.monotonic()
-        return self._roster.submit(request, self.context_tokens)
+            self._due = now
+        outputs = self._roster.submit(request, self.context_tokens)
+        self._admit(now)
+        return outputs
 
     def cancel(self, request_id: int, index: int | None = None) -> list[Output]:
         """End one request, or one of its outputs."""
-        return self._roster.cancel(request_id, index)
+        outputs = self._roster.cancel(request_id, index)
+        self._admit(time.monotonic())
+        return outputs
 
     def cancel_all(self) -> list[Output]:
         """End all requests."""
         return self._roster.cancel_all()
 
     def step(self) -> list[Output]:
-        """Give each request that is past its prefill the next token of the script."""
+        """Give each request whose time it is the next token of the script."""
         now = time.monotonic()
-        # From deadline to deadline, not from now: lateness must not add up.
-        self._due += self._script.step_ms / 1e3
+        is_step = now >= self._due
+        if is_step:
+            # From deadline to deadline, not from now: lateness must not add up.
+            self._due += self._script.step_ms / 1e3
         outputs = self._roster.expire(now)
-        while self._roster.admit(now, lambda _: True):
-            pass
+        self._admit(now)
         for running in tuple(self._roster.running):
-            if now >= running.slot_at + self._script.prefill_ms / 1e3:
+            if is_step if running.tokens else now >= self._first_at(running):
                 outputs += self._play(running, now)
+        self._admit(now)
         return outputs
 
     def status(self) -> Status:
         """Return how the engine stands; it has no KV cache."""
-        running, waiting = len(self._roster.running), self._roster.waiting
-        return Status(self._due if running or waiting else None, running, waiting, 0)
+        running, waiting = self._roster.running, self._roster.waiting
+        firsts = [self._first_at(one) for one in running if not one.tokens]
+        due = min([self._due, *firsts]) if running or waiting else None
+        return Status(due, len(running), waiting, 0)
+
+    def _admit(self, now: float) -> None:
+        while self._roster.admit(now, lambda _: True):
+            pass
+
+    def _first_at(self, running: Running) -> float:
+        """Return when the prompt of a request has been read."""
+        return running.slot_at + self._script.prefill_ms / 1e3
 
     def _play(self, running: Running, now: float) -> list[Output]:
         for fault in self._script.faults:

@@ -160,11 +160,6 @@ struct memory {
     int64_t normal, gated, inputs;
 };
 
-static int64_t aligned(int64_t bytes)
-{
-    return (bytes + 63) / 64 * 64;
-}
-
 static int64_t greater(int64_t one, int64_t other)
 {
     return one > other ? one : other;
@@ -196,10 +191,14 @@ static void begin(struct worker *worker, const struct decoder *decoder, int64_t 
                      + omp_get_thread_num() * memory.inputs;
 }
 
-/* Adds what all layers find to hidden states (tokens, hidden), in place. Returns 0, and changes
-   nothing, without memory. */
+/* Adds what all layers find to hidden states (tokens, hidden), in place. Returns what became of
+   it: DONE; NO_MEMORY, with nothing changed; or INTERRUPTED, where another thread made
+   `interrupt` other than 0 while fewer than half of the layers were done. */
+enum { NO_MEMORY, DONE, INTERRUPTED };
+
 int lowbit_decode(const struct decoder *decoder, const struct batch *batch,
-                  void *const *key_pools, void *const *value_pools, uint16_t *hidden)
+                  void *const *key_pools, void *const *value_pools, uint16_t *hidden,
+                  const volatile int *interrupt)
 {
     int64_t tokens = batch->tokens, groups = batch->groups, threads = batch->threads;
     int64_t queries = decoder->of->output.columns, all = decoder->of->qkv.rows;
@@ -208,14 +207,21 @@ int lowbit_decode(const struct decoder *decoder, const struct batch *batch,
     if (!memory.all || !qkv) {
         free(memory.all);
         free(qkv);
-        return 0;
+        return NO_MEMORY;
     }
     uint16_t *found = qkv + tokens * all;
+    int interrupted = 0;
 #pragma omp parallel num_threads(threads)
     {
         struct worker worker;
         begin(&worker, decoder, tokens, memory);
         for (int64_t number = 0; number < decoder->layers; number++) {
+            if (interrupt && 2 * number < decoder->layers) {
+#pragma omp single
+                interrupted = *interrupt;
+                if (interrupted)
+                    break;
+            }
             const struct decoder_layer *layer = decoder->of + number;
             struct layer heads = {
                 qkv, qkv + all - groups * batch->size, all, all, key_pools[number],
@@ -229,7 +235,7 @@ int lowbit_decode(const struct decoder *decoder, const struct batch *batch,
     }
     free(memory.all);
     free(qkv);
-    return 1;
+    return interrupted ? INTERRUPTED : DONE;
 }
 
 #endif

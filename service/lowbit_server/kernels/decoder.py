@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_double, c_int64, c_void_p
+from ctypes import c_double, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from lowbit_server.kernels.attention import BlockAttention
     from lowbit_server.kernels.products import Product
+
+# As in decode.c.
+_NO_MEMORY, _DONE = 0, 1
 
 
 class _Layer(ctypes.Structure):
@@ -70,22 +73,26 @@ class Decoder:
         attention: BlockAttention,
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
-    ) -> None:
+        interrupt: c_int | None,
+    ) -> bool:
         """Add what all layers find to hidden states, bfloat16 (tokens, hidden), in place.
 
-        Keys and values are the blocks of each layer. Raises MemoryError.
+        Keys and values are the blocks of each layer. Returns whether all is done: not so when
+        `interrupt` became other than 0 before half of the layers were. Raises MemoryError.
         """
         pools = c_void_p * len(keys)
         library: Any = kernels.library()  # it is there, where products are
-        done = library.lowbit_decode(
+        result = library.lowbit_decode(
             ctypes.byref(self._structure),
             ctypes.byref(attention.structure),
             pools(*(one.data_ptr() for one in keys)),
             pools(*(one.data_ptr() for one in values)),
             c_void_p(hidden.data_ptr()),
+            None if interrupt is None else ctypes.byref(interrupt),
         )
-        if not done:
+        if result == _NO_MEMORY:
             raise MemoryError
+        return bool(result == _DONE)
 
 
 def _structure(layer: DecoderLayer) -> _Layer:

@@ -134,7 +134,7 @@ FAST int lowbit_product(const struct product *product, int64_t count, const uint
                         uint16_t *out, int64_t threads)
 {
     int64_t columns = product->columns, rows = product->rows;
-    int64_t bytes = (lowbit_inputs_bytes(count, columns) + 63) / 64 * 64;
+    int64_t bytes = aligned(lowbit_inputs_bytes(count, columns));
     char *memory = aligned_alloc(64, bytes * threads);
     if (!memory)
         return 0;

@@ -38,6 +38,12 @@ struct inputs {
 /* Bytes of memory that inputs of so many tokens and columns need besides x. */
 int64_t lowbit_inputs_bytes(int64_t count, int64_t columns);
 
+/* Rounds bytes up to whole lines of the cache, as aligned_alloc wants them. */
+static inline int64_t aligned(int64_t bytes)
+{
+    return (bytes + 63) / 64 * 64;
+}
+
 /* Prepares inputs for a product, in such memory. */
 void lowbit_prepare(const struct product *product, int64_t count, const uint16_t *x, void *memory,
                     struct inputs *inputs);

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from ctypes import c_int
 
     import torch
     from torch import Tensor
@@ -78,6 +79,12 @@ class Batch:
     spans: Sequence[Span]
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
+    interrupt: c_int | None = None
+    """Another thread makes it other than 0 to have the pass end early, where a model can."""
+
+
+class InterruptedPassError(Exception):
+    """A pass was ended early; what it wrote of the new tokens is written again by the next."""
 
 
 class DecoderModel(Protocol):
@@ -92,4 +99,7 @@ class DecoderModel(Protocol):
         """Bytes of its weights in memory, measured after a first use."""
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return all logits that are wanted, (tokens, vocabulary), as computed."""
+        """Return all logits that are wanted, (tokens, vocabulary), as computed.
+
+        Raises InterruptedPassError when the batch was interrupted.
+        """

@@ -19,7 +19,7 @@ from lowbit_server.kernels.decoder import Decoder, DecoderLayer
 from lowbit_server.kernels.products import have_tiles
 from lowbit_server.models.attention import Attention
 from lowbit_server.models.checkpoint import EMBEDDING
-from lowbit_server.models.decoder import LayerShape, ModelSpec
+from lowbit_server.models.decoder import InterruptedPassError, LayerShape, ModelSpec
 from lowbit_server.models.linears import linear
 from lowbit_server.models.measure import live_bytes
 from lowbit_server.models.products import WIDE_TOKENS, ProductLinear
@@ -177,7 +177,9 @@ class FusedModel(nn.Module):
         compiled = self._compiled
         can = have_tiles() or len(hidden) < WIDE_TOKENS
         if compiled is not None and attention.kernel is not None and can:
-            compiled.add(hidden, attention.kernel, batch.keys, batch.values)
+            pools = batch.keys, batch.values
+            if not compiled.add(hidden, attention.kernel, *pools, batch.interrupt):
+                raise InterruptedPassError
             return
         for layer, *cache in zip(self._layers, batch.keys, batch.values, strict=True):
             layer.forward(hidden, attention, cache)

@@ -12,7 +12,7 @@ import structlog
 from lowbit_server import logs
 from lowbit_server.worker.allocator import keep_freed_memory
 from lowbit_server.worker.device import find_device
-from lowbit_server.worker.inbox import make_inbox
+from lowbit_server.worker.inbox import Inbox
 from lowbit_server.worker.loader import Loader
 from lowbit_server.worker.loop import StepLoop
 from lowbit_server.worker.service import serve
@@ -36,7 +36,7 @@ def main() -> None:
     keep_freed_memory()
     threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
     logs.configure("info")
-    inbox = make_inbox()
+    inbox = Inbox()
     device = find_device(settings.device)
     loop = StepLoop(inbox, Loader(settings, device, inbox), device)
     server = serve(settings.socket, inbox)

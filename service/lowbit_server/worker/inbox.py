@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import c_int
 from dataclasses import dataclass, field
 from queue import Queue
 from threading import Event
@@ -106,6 +107,11 @@ Item: TypeAlias = (
 INBOX_CAPACITY = 4096
 
 
-def make_inbox() -> Queue[Item]:
-    """Return an empty inbox; the step loop is its only reader."""
-    return Queue(INBOX_CAPACITY)
+class Inbox(Queue[Item]):
+    """What waits for the step loop, its only reader."""
+
+    def __init__(self) -> None:
+        """Make an empty inbox."""
+        super().__init__(INBOX_CAPACITY)
+        self.interrupt = c_int(0)
+        """Not 0 when a request came after the loop last looked: a step may end early for it."""

@@ -11,15 +11,14 @@ import structlog
 from lowbit.v1.model_pb2 import LoadPhase
 from lowbit_server.engine.scripted import ScriptedConfig, ScriptedEngine
 from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
-from lowbit_server.worker.inbox import Item, LoadAdvanced, LoadFailed, LoadSucceeded, Ticket
+from lowbit_server.worker.inbox import LoadAdvanced, LoadFailed, LoadSucceeded, Ticket
 from lowbit_server.worker.memory import page_out_cuda, release_memory
 
 if TYPE_CHECKING:
-    from queue import Queue
-
     from lowbit_server.engine.engine import Engine
     from lowbit_server.grammar.matcher import Vocabulary
     from lowbit_server.worker.device import Cpu, Cuda
+    from lowbit_server.worker.inbox import Inbox
     from lowbit_server.worker.settings import Settings
 
 READ_CHUNK_BYTES = 16 << 20
@@ -32,7 +31,7 @@ class LoadStoppedError(Exception):
 class Loader:
     """Loads one model at a time and puts the news into the inbox."""
 
-    def __init__(self, settings: Settings, device: Cpu | Cuda, inbox: Queue[Item]) -> None:
+    def __init__(self, settings: Settings, device: Cpu | Cuda, inbox: Inbox) -> None:
         """Make an idle loader."""
         self._settings = settings
         self._device = device
@@ -116,7 +115,9 @@ class Loader:
         decoder = load(ticket.path, settings.device, manifest.context_tokens)
         self._report(ticket, LoadPhase.LOAD_PHASE_WARM_UP, 0)
         kv_cache_bytes = settings.kv_cache_bytes or self._device.memory().free // 2
-        engine = BatchingEngine(decoder, settings.max_running, kv_cache_bytes)
+        engine = BatchingEngine(
+            decoder, settings.max_running, kv_cache_bytes, self._inbox.interrupt
+        )
         self._report(ticket, LoadPhase.LOAD_PHASE_WARM_UP, 1)
         vocabulary = Vocabulary(ticket.path, decoder.spec.vocab_size, manifest.eos_token_ids)
         return engine, decoder.live_bytes, vocabulary

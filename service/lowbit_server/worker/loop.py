@@ -32,11 +32,11 @@ from lowbit_server.worker.preparing import Preparer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from queue import Queue
 
     from lowbit_server.engine.engine import Engine
     from lowbit_server.grammar.matcher import Vocabulary
     from lowbit_server.worker.device import Cpu, Cuda
+    from lowbit_server.worker.inbox import Inbox
     from lowbit_server.worker.loader import Loader
 
 
@@ -52,7 +52,7 @@ class Live:
 class StepLoop:
     """Owns all models and requests of the process; runs on one thread."""
 
-    def __init__(self, inbox: Queue[Item], loader: Loader, device: Cpu | Cuda) -> None:
+    def __init__(self, inbox: Inbox, loader: Loader, device: Cpu | Cuda) -> None:
         """Make a loop without models."""
         self._inbox = inbox
         self._loader = loader
@@ -78,6 +78,7 @@ class StepLoop:
     def _plan(self) -> Engine:
         """Carry out commands until an engine is due and return it."""
         while True:
+            self._inbox.interrupt.value = 0
             for _ in range(self._inbox.qsize()):
                 self._obey(self._inbox.get_nowait())
             engine, wait_s = self._next()

@@ -12,14 +12,14 @@ import grpc
 
 from lowbit.worker.v1 import worker_pb2_grpc
 from lowbit_server.worker import convert
-from lowbit_server.worker.inbox import Attached, Detached, Item
+from lowbit_server.worker.inbox import Attached, Detached, Submission
 from lowbit_server.worker.outbox import Outbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from queue import Queue
 
     from lowbit.worker.v1 import worker_pb2 as pb
+    from lowbit_server.worker.inbox import Inbox
 
 # A prompt of the largest context that the public API allows and continuations as long in all,
 # 2^20 tokens of 5 bytes each, with what else a request may have.
@@ -29,7 +29,7 @@ MAX_COMMAND_BYTES = 16 << 20
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     """Lets one front at a time drive the step loop."""
 
-    def __init__(self, inbox: Queue[Item]) -> None:
+    def __init__(self, inbox: Inbox) -> None:
         """Make a service for the loop that reads this inbox."""
         self._inbox = inbox
         self._free = threading.Lock()
@@ -53,6 +53,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             for message in commands:
                 if (command := convert.command(message, time.monotonic())) is not None:
                     self._inbox.put(command)
+                    if isinstance(command, Submission):
+                        self._inbox.interrupt.value = 1
         except grpc.RpcError:
             pass
         finally:
@@ -62,7 +64,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             self._free.release()
 
 
-def serve(socket: str, inbox: Queue[Item]) -> grpc.Server:
+def serve(socket: str, inbox: Inbox) -> grpc.Server:
     """Serve on a unix socket that only its owner may open, and return at once."""
     # Two threads: the front that is attached, and one to refuse another.
     server = grpc.server(

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowbit_server.models.decoder import BLOCK_TOKENS, LayerShape, ModelSpec
+from lowbit_server.models.decoder import (
+    BLOCK_TOKENS,
+    InterruptedPassError,
+    LayerShape,
+    ModelSpec,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +50,12 @@ class CountingModel:
         if number in self.fails:
             message = "the model broke"
             raise RuntimeError(message)
+        if batch.interrupt is not None and batch.interrupt.value:
+            for span in batch.spans:  # some of it was done
+                last = span.start + len(span.tokens) - 1
+                block = span.blocks[last // BLOCK_TOKENS]
+                batch.keys[0][block, :, last % BLOCK_TOKENS] = VOCAB
+            raise InterruptedPassError
         wanted = []
         for span in batch.spans:
             blocks, end = list(span.blocks), span.start + len(span.tokens)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from ctypes import c_int
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,13 +105,20 @@ def check_output(
 
 
 @settings(deadline=None)
-@given(arrivals=arrivals, slots=st.integers(1, 5), blocks=st.integers(2, 96), mixes=st.booleans())
+@given(
+    arrivals=arrivals,
+    slots=st.integers(1, 5),
+    blocks=st.integers(2, 96),
+    mixes=st.booleans(),
+    interrupts=st.lists(st.booleans(), min_size=60, max_size=60),
+)
 def test_every_request_gets_its_own_tokens_and_ends_once(
-    arrivals: list[Arrival], slots: int, blocks: int, *, mixes: bool
+    arrivals: list[Arrival], slots: int, blocks: int, interrupts: list[bool], *, mixes: bool
 ) -> None:
     model = CountingModel(context_tokens=1200, mixes=mixes)
     budget_tokens = blocks * BLOCK_TOKENS
-    engine = make(model, slots=slots, tokens=budget_tokens)
+    interrupt = c_int(0)
+    engine = BatchingEngine(model, slots, budget_tokens * TOKEN, interrupt)
     log = Log()
     step = 0
     while step <= 51 or engine.status().due is not None:
@@ -122,6 +130,7 @@ def test_every_request_gets_its_own_tokens_and_ends_once(
                 log.add(engine.submit(request))
             if step - arrival.step == arrival.cancelled_after:
                 log.add(engine.cancel(number))
+        interrupt.value = interrupts[step % len(interrupts)]
         log.add(engine.step())
         status = engine.status()
         assert status.running <= slots
@@ -185,7 +194,7 @@ def test_a_failing_step_ends_its_own_requests_only() -> None:
     engine.submit(Request(1, prompt(1, 3), 10))
     log.add(engine.step())
     engine.submit(Request(2, prompt(2, 3), 10))
-    model.fails = {len(model.batches) + 1}  # the decode of 1 comes first, then 2's prompt
+    model.fails = {len(model.batches)}  # 2's prompt comes before the next token of 1
     run(engine, log)
     assert log.ends[1] == [Finish.MAX_TOKENS]
     assert log.ends[2] == ["RuntimeError in the engine: the model broke"]
@@ -338,15 +347,58 @@ def test_prompts_are_read_with_the_tokens_of_streams_where_that_saves_time() -> 
     log.add(engine.submit(Request(1, prompt(1, 5), 20)))
     while engine.status().running + engine.status().waiting and len(model.batches) < 4:
         log.add(engine.step())
-    for number in (2, 3):
-        log.add(engine.submit(Request(number, prompt(number, 6), 3)))
+    log.add(engine.submit(Request(2, prompt(2, 600), 3)))
     before = len(model.batches)
     log.add(engine.step())
-    assert [len(span.tokens) for span in model.batches[before].spans] == [1, 6, 6]
-    assert len(model.batches) == before + 1
+    (read,) = model.batches[before:]
+    assert [len(span.tokens) > 1 for span in read.spans] == [False, True]
     run(engine, log)
-    for number, length, count in ((1, 5, 20), (2, 6, 3), (3, 6, 3)):
+    for number, length, count in ((1, 5, 20), (2, 600, 3)):
         assert log.all_tokens[number, 0] == expected(prompt(number, length), count)
+
+
+def test_short_prompts_are_read_before_the_next_tokens_of_streams_but_not_for_ever() -> None:
+    engine, log = make(CountingModel()), Log()
+    log.add(engine.submit(Request(1, prompt(1, 5), 20)))
+    log.add(engine.step())
+    engine._pacing.chunk_tokens = lambda *, beside_streams: 20  # type: ignore[method-assign]
+    made = []
+    for number in range(2, 7):
+        log.add(engine.submit(Request(number, prompt(number, 15), 9)))
+        outputs = engine.step()
+        made.append([output.request for output in outputs])
+        log.add(outputs)
+    # 4 would make more than 40 tokens: the streams' turn comes first.
+    assert made == [[2], [3], [1, 2, 3, 4], [5], [6]]
+
+
+def test_a_request_that_comes_during_a_step_ends_it_without_effect() -> None:
+    interrupt = c_int(0)
+    model = CountingModel()
+    engine, log = BatchingEngine(model, 3, 100 * BLOCK_TOKENS * TOKEN, interrupt), Log()
+    log.add(engine.submit(Request(1, prompt(1, 5), 20)))
+    log.add(engine.step())
+    interrupt.value = 1
+    assert engine.step() == []
+    log.add(engine.submit(Request(2, prompt(2, 6), 20)))
+    for wanted in ([2], [1, 2]):  # its prompt is next, and then tokens for both, whoever comes
+        outputs = engine.step()
+        assert [output.request for output in outputs] == wanted
+        log.add(outputs)
+    # Interrupted once, the next pass goes through where there is nothing to read.
+    assert engine.step() == []
+    log.add(engine.step())
+    assert len(log.tokens[1]) == 3
+    log.add(engine.submit(Request(3, prompt(3, 6), 20)))
+    log.add(engine.step())
+    # Without a slot for another request there is no reason to interrupt.
+    for _ in range(2):
+        made = len(log.tokens[1])
+        log.add(engine.step())
+        assert len(log.tokens[1]) == made + 1
+    run(engine, log)
+    for number, length in ((1, 5), (2, 6), (3, 6)):
+        assert log.tokens[number] == expected(prompt(number, length), 20)
 
 
 @pytest.mark.parametrize("mixes", [False, True])
@@ -358,14 +410,26 @@ def test_a_pass_that_fails_for_several_is_done_for_each(*, mixes: bool) -> None:
         log.add(engine.step())
     for number in (2, 3):
         log.add(engine.submit(Request(number, prompt(number, 6), 3)))
-    # The pass for all; without mixing the first is that of the stream.
-    joint = len(model.batches) + (0 if mixes else 1)
-    # Then come, one by one: the stream (again), both prompts together, the first prompt.
-    model.fails = {joint, joint + 1} if not mixes else {joint, joint + 2, joint + 3}
+    # Both prompts are read together, and then one by one.
+    joint = len(model.batches)
+    model.fails = {joint, joint + 1}
     run(engine, log)
     failed = [number for number in (1, 2, 3) if "broke" in str(log.all_ends[number, 0][-1])]
     assert failed == [2]
     for number, length, count in ((1, 5, 20), (3, 6, 3)):
+        assert log.all_tokens[number, 0] == expected(prompt(number, length), count)
+
+
+def test_a_mixed_pass_that_fails_is_done_apart() -> None:
+    model = CountingModel(mixes=True)
+    engine, log = make(model), Log()
+    log.add(engine.submit(Request(1, prompt(1, 5), 20)))
+    for _ in range(3):
+        log.add(engine.step())
+    log.add(engine.submit(Request(2, prompt(2, 600), 3)))
+    model.fails = {len(model.batches)}
+    run(engine, log)
+    for number, length, count in ((1, 5, 20), (2, 600, 3)):
         assert log.all_tokens[number, 0] == expected(prompt(number, length), count)
 
 

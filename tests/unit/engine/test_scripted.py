@@ -88,6 +88,20 @@ def test_prefill_delays_the_first_token(
     assert made == [0, 0, 0, 1, 1]
 
 
+def test_a_first_token_waits_for_no_step(
+    clock: Clock, engine: Callable[..., ScriptedEngine]
+) -> None:
+    player = engine(step_ms=5)
+    player.submit(request(1))
+    step_late(player, clock, late_s=0)
+    clock.now += 0.003
+    player.submit(request(2))
+    (first,) = step_late(player, clock, late_s=0)
+    assert (first.request, clock.now) == (2, pytest.approx(100.003))
+    assert [one.request for one in step_late(player, clock, late_s=0)] == [1, 2]
+    assert clock.now == pytest.approx(100.005)
+
+
 @pytest.mark.parametrize(("slots", "wanted", "running"), [(2, 64, 2), (64, 3, 3)])
 def test_the_fewer_slots_count(
     clock: Clock, engine: Callable[..., ScriptedEngine], slots: int, wanted: int, running: int

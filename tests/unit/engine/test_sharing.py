@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import c_int
 from dataclasses import dataclass, replace
 
 import pytest
@@ -169,11 +170,18 @@ arrivals = st.lists(
 
 
 @settings(deadline=None, max_examples=60)
-@given(arrivals=arrivals, blocks=st.integers(6, 24), mixes=st.booleans())
+@given(
+    arrivals=arrivals,
+    blocks=st.integers(6, 24),
+    mixes=st.booleans(),
+    interrupts=st.lists(st.booleans(), min_size=20, max_size=20),
+)
 def test_whatever_is_shared_drafted_or_preempted_each_output_is_as_if_alone(
-    arrivals: list[Arrival], blocks: int, *, mixes: bool
+    arrivals: list[Arrival], blocks: int, interrupts: list[bool], *, mixes: bool
 ) -> None:
-    engine = make(CountingModel(mixes=mixes), slots=5, blocks=blocks)
+    interrupt = c_int(0)
+    budget_bytes = blocks * BLOCK_TOKENS * TOKEN
+    engine = BatchingEngine(CountingModel(mixes=mixes), 5, budget_bytes, interrupt)
     made: dict[tuple[int, int], list[int]] = {}
     told = dict.fromkeys(range(len(arrivals)), 0)
     ends: list[tuple[int, int]] = []
@@ -181,6 +189,7 @@ def test_whatever_is_shared_drafted_or_preempted_each_output_is_as_if_alone(
         for number, arrival in enumerate(arrivals):
             if arrival.step == step:
                 assert engine.submit(replace(arrival.request, id=number)) == []
+        interrupt.value = interrupts[step % len(interrupts)]
         for output in engine.step():
             assert not output.error
             assert len(output.logprobs) in (0, len(output.token_ids))

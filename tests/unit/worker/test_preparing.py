@@ -13,7 +13,7 @@ from lowbit_server.engine.engine import Status
 from lowbit_server.grammar.spec import Grammar, GrammarError
 from lowbit_server.worker.convert import submission
 from lowbit_server.worker.device import Cpu
-from lowbit_server.worker.inbox import Attached, Detached, make_inbox
+from lowbit_server.worker.inbox import Attached, Detached, Inbox
 from lowbit_server.worker.loop import Live, StepLoop
 from lowbit_server.worker.outbox import Outbox
 
@@ -68,7 +68,7 @@ class Stage:
     """A step loop with one live model, driven by hand."""
 
     def __init__(self) -> None:
-        self.inbox, self.outbox = make_inbox(), Outbox()
+        self.inbox, self.outbox = Inbox(), Outbox()
         self.engine, self.vocabulary = Engine(), Vocabulary()
         loader: Any = None
         self.loop = StepLoop(self.inbox, loader, Cpu())
