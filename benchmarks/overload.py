@@ -8,8 +8,8 @@ for `--seconds`, after a lead-in that is not counted: nothing runs when it begin
 50 to 150 tokens: with equal ones they would begin and end in step. Without
 --model the scripted engine makes a token every 10 ms for each stream, so that what is seen is
 the service; with it, the folder or GGUF file is imported. Capacity is measured first. Printed
-are the time to first token of admitted requests, how long a refusal takes, and the memory of
-server and workers.
+are the time to first token of admitted requests and between their tokens, how long a refusal
+takes, and the memory of server and workers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -46,6 +47,8 @@ class Load:
     """What was seen of one load; times in ms."""
 
     first_tokens: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    """Between two tokens of a stream."""
     refusals: list[float] = field(default_factory=list)
     without_retry_info: int = 0
     memory: tuple[int, int] = (0, 0)
@@ -59,6 +62,8 @@ class Load:
             "refused": len(self.refusals),
             "first token p50 ms": statistics.median(self.first_tokens),
             "first token p99 ms": _p99(self.first_tokens),
+            "between tokens p50 ms": statistics.median(self.gaps),
+            "between tokens p99 ms": _p99(self.gaps),
             "refusal p50 ms": statistics.median(self.refusals or [0.0]),
             "refusal p99 ms": _p99(self.refusals or [0.0]),
             "refusals without RetryInfo": self.without_retry_info,
@@ -93,14 +98,13 @@ class Traffic:
             timeout=TIMEOUT_S,
         )
         try:
-            first = None
-            async for _ in stream:
-                first = first or time.perf_counter()
+            arrivals = [time.perf_counter() async for _ in stream]
         except QueueFullError as error:
             load.refusals.append(1e3 * (time.perf_counter() - began))
             load.without_retry_info += error.retry_after_s is None
             return
-        load.first_tokens.append(1e3 * ((first or time.perf_counter()) - began))
+        load.first_tokens.append(1e3 * (arrivals[0] - began))
+        load.gaps += [1e3 * (later - earlier) for earlier, later in pairwise(arrivals)]
 
     async def alone(self, count: int) -> Load:
         """Send requests one after the other."""
