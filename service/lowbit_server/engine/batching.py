@@ -59,9 +59,6 @@ class BatchingEngine:
         """
         self._model = model
         self._interrupt = interrupt
-        # Since the streams last got tokens: how much was read of prompts before theirs, and
-        # whether a pass of theirs was interrupted, which does not happen twice.
-        self._read_first, self._interrupted = 0, False
         self._kv = KvCache(model.spec, kv_cache_bytes)
         self.context_tokens = min(model.spec.context_tokens, self._kv.blocks * BLOCK_TOKENS)
         if self.context_tokens < 1:
@@ -115,13 +112,13 @@ class BatchingEngine:
         return Status(due, running, waiting, self._kv.held_bytes)
 
     def _first_tokens(self) -> list[Output]:
-        """Read short prompts before the streams' next tokens; of these, two chunks at most."""
-        if not self._residents.decoding or self._left_first <= 0:
+        """Read short prompts before the streams' next tokens."""
+        if not self._residents.decoding or self._pacing.tokens_first <= 0:
             return []
-        chunks = next_chunks(self._residents, self._left_first)
+        chunks = next_chunks(self._residents, self._pacing.tokens_first)
         whole = [*takewhile(lambda chunk: is_whole(*chunk), chunks)]
         tokens, began = sum(len(chunk) for _, chunk in whole), time.perf_counter()
-        self._read_first += tokens
+        self._pacing.read_first(tokens)
         outputs = self._read_guarded(whole)
         if not self._model.spec.mixes:
             self._pacing.read(tokens, time.perf_counter() - began)
@@ -144,7 +141,7 @@ class BatchingEngine:
         except Exception:  # noqa: BLE001  (whatever it is, it comes again or not)
             self._log.exception("a mixed step is done apart", requests=len(rows) + len(chunks))
             return []
-        self._read_first, self._interrupted = 0, False
+        self._pacing.streams_got_tokens()
         for row in rows:
             row.length += 1
         running = [row.running for row in rows]
@@ -171,18 +168,18 @@ class BatchingEngine:
                 running = [row.running for row in batch]
                 outputs += self._guarded(running, self._extend, batch)
         except InterruptedPassError:
-            self._interrupted = True
+            self._pacing.interrupted = True
             return outputs
-        self._read_first, self._interrupted = 0, False
         if rows:
+            self._pacing.streams_got_tokens()
             self._pacing.step_s = time.perf_counter() - began
         return outputs
 
     def _extend(self, rows: Sequence[Row]) -> list[Output]:
         """Run each row's last token and what is drafted behind it."""
         drafts, spans = self._drafts(rows)
-        would_read = self._roster.has_room and self._left_first > 0
-        may_interrupt = would_read and not self._interrupted
+        would_read = self._roster.has_room and self._pacing.tokens_first > 0
+        may_interrupt = would_read and not self._pacing.interrupted
         logits = self._forward(spans, self._interrupt if may_interrupt else None)
         for row in rows:
             row.length += 1
@@ -202,11 +199,6 @@ class BatchingEngine:
     @property
     def _chunk_tokens(self) -> int:
         return self._pacing.chunk_tokens(beside_streams=len(self._residents.decoding) > 0)
-
-    @property
-    def _left_first(self) -> int:
-        """How many tokens of prompts may be read before the streams' next ones."""
-        return 2 * self._chunk_tokens - self._read_first
 
     def _read_on(self) -> list[Output]:
         chunks = next_chunks(self._residents, self._chunk_tokens)

@@ -1,4 +1,4 @@
-"""How much of a prompt a step reads beside running streams."""
+"""How much of prompts is read beside running streams, and before their next tokens."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ class Pacing:
         self._token_s: deque[float] = deque(maxlen=_REMEMBERED)
         self.step_s = 0.0
         """How long the last step took that only decoded; to be set after each, 0 before."""
+        self.interrupted = False
+        """Whether a pass of the streams was interrupted since they last got tokens."""
+        self._read_first = 0
 
     def chunk_tokens(self, *, beside_streams: bool) -> int:
         """Return how many tokens the next chunk may have."""
@@ -38,6 +41,19 @@ class Pacing:
         if token_s * CHUNK_TOKENS <= self.step_s:
             return CHUNK_TOKENS
         return max(LEAST_TOKENS, int(self.step_s / token_s) // LEAST_TOKENS * LEAST_TOKENS)
+
+    @property
+    def tokens_first(self) -> int:
+        """How many tokens of prompts may be read before the streams' next ones: two chunks."""
+        return 2 * self.chunk_tokens(beside_streams=True) - self._read_first
+
+    def read_first(self, tokens: int) -> None:
+        """Note what was read before the streams' next tokens."""
+        self._read_first += tokens
+
+    def streams_got_tokens(self) -> None:
+        """Begin to count anew."""
+        self._read_first, self.interrupted = 0, False
 
     def read(self, tokens: int, seconds: float) -> None:
         """Note how long a chunk took that was read beside streams."""
