@@ -31,14 +31,15 @@ func call[Q proto.Message, R any](
 ) (R, error) {
 	ctx, cancel := c.bind(ctx, timeout)
 	defer cancel()
-	for tries := (tries{client: c, again: again}); ; {
+	for tries := (tries{client: c}); ; {
 		var to peer.Peer
 		response, err := rpc(c.outgoing(ctx), request, grpc.Peer(&to))
 		if err == nil {
 			tries.arrived()
 			return response, nil
 		}
-		if e := tries.next(ctx, failure(ctx, err, requestID(request)), to.Addr != nil); e != nil {
+		safe := again || to.Addr == nil // it reached no server
+		if e := tries.next(ctx, failure(ctx, err, requestID(request)), safe); e != nil {
 			return response, e
 		}
 	}
@@ -59,9 +60,8 @@ func stream[Q proto.Message, R any](
 		if resume != nil {
 			request = proto.CloneOf(request) // the caller's stays as it is
 		}
-		for tries := (tries{client: c, again: true, resumes: resume != nil}); ; {
-			var to peer.Peer
-			messages, err := open(c.outgoing(ctx), request, grpc.Peer(&to))
+		for tries := (tries{client: c, resumes: resume != nil}); ; {
+			messages, err := open(c.outgoing(ctx), request)
 			for err == nil {
 				var message *R
 				if message, err = messages.Recv(); err != nil {
@@ -79,7 +79,7 @@ func stream[Q proto.Message, R any](
 			if errors.Is(err, io.EOF) {
 				return
 			}
-			if e := tries.next(ctx, failure(ctx, err, requestID(request)), to.Addr != nil); e != nil {
+			if e := tries.next(ctx, failure(ctx, err, requestID(request)), true); e != nil {
 				yield(nil, e)
 				return
 			}
@@ -123,7 +123,6 @@ func requestID(request proto.Message) string {
 // tries are the tries of one call.
 type tries struct {
 	client  *Client
-	again   bool
 	resumes bool      // goes on after a broken connection
 	started bool      // has had a message
 	made    int       // failed ones; of a resumed stream, those since its last message
@@ -139,16 +138,16 @@ func (t *tries) arrived() {
 }
 
 // next waits before the next try, or returns the failure to give where there is to be none.
-// A call that reached no server is safe to make again.
-func (t *tries) next(ctx context.Context, e *Error, reached bool) *Error {
+// A call that is not safe to make again is tried again only where the server asks for it.
+func (t *tries) next(ctx context.Context, e *Error, safe bool) *Error {
 	if t.started {
 		return t.resume(ctx, e)
 	}
-	safe := e.RetryAfter != nil || e.Code == codes.Unavailable && (t.again || !reached)
+	may := e.RetryAfter != nil || e.Code == codes.Unavailable && safe
 	t.made++
 	delay := t.delay(e)
 	end, bounded := ctx.Deadline()
-	if !safe || t.made >= t.client.options.maxAttempts || bounded && time.Until(end) <= delay || !t.client.budget.spend() {
+	if !may || t.made >= t.client.options.maxAttempts || bounded && time.Until(end) <= delay || !t.client.budget.spend() {
 		return e
 	}
 	return sleep(ctx, delay, e)
