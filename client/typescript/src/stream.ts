@@ -1,6 +1,5 @@
 /** The streams that a client returns. Each begins with its first read and is cancelled when it is left. */
 
-import { Code, ConnectError } from "@connectrpc/connect";
 import type { Completed, GenerateResponse, OutputFinished, Started, Token } from "./gen/lowbit/v1/generation_pb.js";
 import type { LoadResponse } from "./gen/lowbit/v1/model_pb.js";
 
@@ -16,7 +15,7 @@ export class Stream<T, M = T> implements AsyncIterableIterator<T> {
   constructor(start: (controller: AbortController) => AsyncGenerator<M>) {
     const controller = new AbortController();
     this.#messages = start(controller);
-    this.#cancel = () => controller.abort(new ConnectError("cancelled by the caller", Code.Canceled));
+    this.#cancel = () => controller.abort();
     dropped.register(this, this.#cancel);
   }
 
@@ -109,22 +108,16 @@ export class GenerateStream extends Stream<Chunk, GenerateResponse> {
 
   /** @internal */
   protected override take({ event }: GenerateResponse): Chunk | undefined {
-    switch (event.case) {
-      case "delta": {
-        const { text, tokens, outputIndex } = event.value;
-        this.#add(outputIndex, text);
-        return { text, tokenIds: tokens.map((token) => token.id), tokens, outputIndex };
-      }
-      case "started":
-        this.started = event.value;
-        return undefined;
-      case "outputFinished":
-        this.#add(event.value.outputIndex, "");
-        this.allFinished.set(event.value.outputIndex, event.value);
-        return undefined;
-      case "completed":
-        this.completed = event.value;
+    if (event.case === "delta") {
+      const { text, tokens, outputIndex } = event.value;
+      this.#add(outputIndex, text);
+      return { text, tokenIds: tokens.map((token) => token.id), tokens, outputIndex };
     }
+    if (event.case === "outputFinished") {
+      this.#add(event.value.outputIndex, "");
+      this.allFinished.set(event.value.outputIndex, event.value);
+    } else if (event.case === "started") this.started = event.value;
+    else if (event.case === "completed") this.completed = event.value;
     return undefined;
   }
 
