@@ -37,12 +37,11 @@ export class Calls {
   readonly #running = new Set<AbortController>();
   readonly #closing = new AbortController();
   readonly #transport: Transport;
+  readonly options: Settled;
   #budget: number;
 
-  constructor(
-    address: string | undefined,
-    readonly options: Settled,
-  ) {
+  constructor(address: string | undefined, options: Settled) {
+    this.options = options;
     this.#transport = options.transport ?? openTransport(address, options, this.#closing.signal);
     this.#budget = options.retryBudget;
   }
@@ -88,7 +87,7 @@ export class Calls {
           if (!seen) this.#budget = Math.min(retryBudget, this.#budget + 0.1);
           seen = true;
           failures = 0;
-          request = { ...request, ...call.resume?.(message) };
+          if (call.resume) request = { ...request, ...call.resume(message) };
           yield message;
           signal.throwIfAborted();
         }
@@ -151,7 +150,12 @@ const between = (low: number, high: number) => low + Math.random() * (high - low
 /** Waits so many seconds, or until the signal aborts. */
 function sleep(seconds: number, signal: AbortSignal): Promise<void> {
   return new Promise((resolve) => {
-    const timer = setTimeout(resolve, seconds * 1000);
-    signal.addEventListener("abort", () => resolve(clearTimeout(timer)));
+    const wake = () => {
+      clearTimeout(timer);
+      signal.removeEventListener("abort", wake);
+      resolve();
+    };
+    const timer = setTimeout(wake, seconds * 1000);
+    signal.addEventListener("abort", wake);
   });
 }
