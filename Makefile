@@ -26,7 +26,7 @@ test: CONFORMANCE_FLAGS := --lang typescript go java rust
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy service/lowbit_server client/python/lowbit
+	$(BIN)/mypy service/lowbit_server client/python/lowbit client/generate.py
 
 proto: $(READY) ## Lint the API and look for breaking changes since BASE (default: main)
 	@mkdir -p build/base

@@ -27,11 +27,13 @@ client-go: $(READY) ## Check, build and test the Go SDK
 generate-go: $(LIGHT) $(GO_PLUGINS)
 	@rm -rf client/go/gen
 	$(call go_stubs,client/go)
+	$(BIN)/python client/generate.py go client/go
 
 checkgenerate-go: $(LIGHT) $(GO_PLUGINS)
 	@rm -rf $(GENERATED)-go
 	$(call go_stubs,$(GENERATED)-go)
 	diff -r $(GENERATED)-go/gen client/go/gen
+	$(BIN)/python client/generate.py go client/go --check
 
 $(GO_TOOLS)/protoc-gen-go:
 	GOBIN=$(abspath $(GO_TOOLS)) go install google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12

@@ -29,72 +29,6 @@ type Reason string
 // Error returns the reason.
 func (r Reason) Error() string { return string(r) }
 
-// The kinds of failures. Indented ones are also of the kind above them.
-const (
-	ErrLowbit                 Kind = "LowbitError"          // every failure
-	ErrInvalidArgument        Kind = "InvalidArgumentError" // the request is wrong and stays wrong
-	ErrContextLength          Kind = "ContextLengthError"   //   the prompt is longer than the context
-	ErrSourceRejected         Kind = "SourceRejectedError"  //   the source is unsafe, damaged or unknown
-	ErrNotFound               Kind = "NotFoundError"        // no such model, job, device or source
-	ErrModelNotFound          Kind = "ModelNotFoundError"   //   no model or alias has this name
-	ErrJobNotFound            Kind = "JobNotFoundError"     //   no job has this id
-	ErrAlreadyExists          Kind = "AlreadyExistsError"   // the name or the request id is taken
-	ErrPermissionDenied       Kind = "PermissionDeniedError"
-	ErrUnauthenticated        Kind = "UnauthenticatedError"        // the server does not know who calls
-	ErrFailedPrecondition     Kind = "FailedPreconditionError"     // the server's state does not allow this
-	ErrModelNotLoaded         Kind = "ModelNotLoadedError"         //   the model is stored, not loaded
-	ErrModelInUse             Kind = "ModelInUseError"             //   it is loaded, or a job reads it
-	ErrLoadFailed             Kind = "LoadFailedError"             //   no worker could make it live
-	ErrCheckpointMismatch     Kind = "CheckpointMismatchError"     //   the checkpoint has other inputs
-	ErrJobNotResumable        Kind = "JobNotResumableError"        //   the job cannot go on
-	ErrSchemeUnavailable      Kind = "SchemeUnavailableError"      //   the message says what to install
-	ErrQualityGate            Kind = "QualityGateError"            //   quality is outside its limits
-	ErrResourceExhausted      Kind = "ResourceExhaustedError"      // memory, disk, a queue or a size limit
-	ErrQueueFull              Kind = "QueueFullError"              //   RetryAfter says when to ask again
-	ErrClientStalled          Kind = "ClientStalledError"          //   the stream was read too slowly
-	ErrInsufficientMemory     Kind = "InsufficientMemoryError"     //   Metadata has needed and free bytes
-	ErrUnavailable            Kind = "UnavailableError"            // no server, or it takes no calls now
-	ErrModelLoading           Kind = "ModelLoadingError"           //   RetryAfter says when to ask again
-	ErrWorkerLost             Kind = "WorkerLostError"             // the worker process died
-	ErrCancelled              Kind = "CancelledError"              // also context.Canceled
-	ErrDeadlineExceeded       Kind = "DeadlineExceededError"       // also context.DeadlineExceeded
-	ErrNotImplementedByServer Kind = "NotImplementedByServerError" // the server does not offer this
-	ErrDataLoss               Kind = "DataLossError"               // a stored file is damaged
-	ErrInternal               Kind = "InternalError"               // the log has the cause under RequestID
-	ErrJobFailed              Kind = "JobFailedError"              // Job is the job's last state
-)
-
-var kindOfCode = map[codes.Code]Kind{
-	codes.InvalidArgument: ErrInvalidArgument, codes.OutOfRange: ErrInvalidArgument,
-	codes.NotFound: ErrNotFound, codes.AlreadyExists: ErrAlreadyExists,
-	codes.PermissionDenied: ErrPermissionDenied, codes.Unauthenticated: ErrUnauthenticated,
-	codes.FailedPrecondition: ErrFailedPrecondition, codes.ResourceExhausted: ErrResourceExhausted,
-	codes.Unavailable: ErrUnavailable, codes.Canceled: ErrCancelled,
-	codes.DeadlineExceeded: ErrDeadlineExceeded, codes.Unimplemented: ErrNotImplementedByServer,
-	codes.DataLoss: ErrDataLoss, codes.Internal: ErrInternal,
-}
-
-// Reasons with a kind of their own, and the kind above it. The others have that of their code.
-var kindOfReason = map[Reason][2]Kind{
-	"CONTEXT_LENGTH_EXCEEDED":    {ErrContextLength, ErrInvalidArgument},
-	"SOURCE_UNSUPPORTED":         {ErrSourceRejected, ErrInvalidArgument},
-	"SOURCE_CORRUPT":             {ErrSourceRejected, ErrInvalidArgument},
-	"MODEL_NOT_FOUND":            {ErrModelNotFound, ErrNotFound},
-	"JOB_NOT_FOUND":              {ErrJobNotFound, ErrNotFound},
-	"MODEL_NOT_LOADED":           {ErrModelNotLoaded, ErrFailedPrecondition},
-	"MODEL_IN_USE":               {ErrModelInUse, ErrFailedPrecondition},
-	"LOAD_FAILED":                {ErrLoadFailed, ErrFailedPrecondition},
-	"CHECKPOINT_MISMATCH":        {ErrCheckpointMismatch, ErrFailedPrecondition},
-	"JOB_NOT_RESUMABLE":          {ErrJobNotResumable, ErrFailedPrecondition},
-	"SCHEME_UNAVAILABLE":         {ErrSchemeUnavailable, ErrFailedPrecondition},
-	"QUALITY_GATE_FAILED":        {ErrQualityGate, ErrFailedPrecondition},
-	"QUEUE_FULL":                 {ErrQueueFull, ErrResourceExhausted},
-	"CLIENT_STALLED":             {ErrClientStalled, ErrResourceExhausted},
-	"INSUFFICIENT_DEVICE_MEMORY": {ErrInsufficientMemory, ErrResourceExhausted},
-	"MODEL_LOADING":              {ErrModelLoading, ErrUnavailable},
-	"WORKER_LOST":                {ErrWorkerLost},
-}
-
 // Violation is one bad field of a request.
 type Violation struct {
 	// Field is the path of the field.
@@ -141,13 +75,16 @@ func (e *Error) Error() string {
 	return strings.Join(strings.Fields(line), " ")
 }
 
-// Is tells whether target is this error's Kind, the kind above it, its Reason, or the error
-// of the context package that it stands for.
+// Is tells whether target is this error's Kind, one above it, its Reason, or the error of the
+// context package that it stands for.
 func (e *Error) Is(target error) bool {
 	switch target := target.(type) {
 	case Kind:
-		return target == ErrLowbit || target == e.Kind ||
-			e.Kind != ErrJobFailed && target == kindOfReason[e.Reason][1]
+		kind := e.Kind
+		for kind != target && kind != ErrLowbit {
+			kind = kind.wider()
+		}
+		return kind == target
 	case Reason:
 		return target == e.Reason && target != ""
 	}
@@ -180,7 +117,7 @@ func failure(ctx context.Context, err error, requestID string) *Error {
 		}
 	}
 	e.RequestID = cmp.Or(e.RequestID, e.Metadata["request_id"])
-	e.Kind = cmp.Or(kindOfReason[e.Reason][0], kindOfCode[e.Code], ErrLowbit)
+	e.Kind = kindOf(e.Reason, e.Code)
 	return e
 }
 

@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/reflect/protoreflect"
 
 	pb "lowbit/gen/lowbitv1"
 )
@@ -53,43 +52,25 @@ func QuantizeTo(source, target, scheme string) *pb.QuantizeRequest {
 	return &pb.QuantizeRequest{Source: source, Target: target, Scheme: Scheme(scheme)}
 }
 
-// Scheme returns the scheme of a name with its default options: fp32, fp16, bf16, int8, nf4,
-// fp4, gptq, awq or rtn. For another name it is nil, which the server refuses.
-func Scheme(name string) *pb.Scheme {
-	switch name {
-	case "int8":
-		return &pb.Scheme{Kind: &pb.Scheme_Int8{Int8: &pb.Int8Scheme{}}}
-	case "nf4":
-		return &pb.Scheme{Kind: &pb.Scheme_Bnb_4Bit{Bnb_4Bit: &pb.Bnb4BitScheme{QuantType: pb.BnbQuantType_BNB_QUANT_TYPE_NF4}}}
-	case "fp4":
-		return &pb.Scheme{Kind: &pb.Scheme_Bnb_4Bit{Bnb_4Bit: &pb.Bnb4BitScheme{QuantType: pb.BnbQuantType_BNB_QUANT_TYPE_FP4}}}
-	case "gptq":
-		return &pb.Scheme{Kind: &pb.Scheme_Gptq{Gptq: &pb.GptqScheme{}}}
-	case "awq":
-		return &pb.Scheme{Kind: &pb.Scheme_Awq{Awq: &pb.AwqScheme{}}}
-	case "rtn":
-		return &pb.Scheme{Kind: &pb.Scheme_Rtn{Rtn: &pb.RtnScheme{}}}
-	}
-	types := map[string]pb.FloatType{"fp32": pb.FloatType_FLOAT_TYPE_FP32, "fp16": pb.FloatType_FLOAT_TYPE_FP16, "bf16": pb.FloatType_FLOAT_TYPE_BF16}
-	if kind, ok := types[name]; ok {
-		return &pb.Scheme{Kind: &pb.Scheme_Float{Float: &pb.FloatScheme{Type: kind}}}
-	}
-	return nil
+var schemes = map[string]*pb.Scheme{
+	"fp32": {Kind: &pb.Scheme_Float{Float: &pb.FloatScheme{Type: pb.FloatType_FLOAT_TYPE_FP32}}},
+	"fp16": {Kind: &pb.Scheme_Float{Float: &pb.FloatScheme{Type: pb.FloatType_FLOAT_TYPE_FP16}}},
+	"bf16": {Kind: &pb.Scheme_Float{Float: &pb.FloatScheme{Type: pb.FloatType_FLOAT_TYPE_BF16}}},
+	"int8": {Kind: &pb.Scheme_Int8{Int8: &pb.Int8Scheme{}}},
+	"nf4":  {Kind: &pb.Scheme_Bnb_4Bit{Bnb_4Bit: &pb.Bnb4BitScheme{QuantType: pb.BnbQuantType_BNB_QUANT_TYPE_NF4}}},
+	"fp4":  {Kind: &pb.Scheme_Bnb_4Bit{Bnb_4Bit: &pb.Bnb4BitScheme{QuantType: pb.BnbQuantType_BNB_QUANT_TYPE_FP4}}},
+	"gptq": {Kind: &pb.Scheme_Gptq{Gptq: &pb.GptqScheme{}}},
+	"awq":  {Kind: &pb.Scheme_Awq{Awq: &pb.AwqScheme{}}},
+	"rtn":  {Kind: &pb.Scheme_Rtn{Rtn: &pb.RtnScheme{}}},
 }
 
-// named returns the request with a request_id, unless it has one or only asks to validate.
-func named[Q interface {
-	proto.Message
-	GetRequestId() string
-}](request Q) Q {
-	asks, ok := any(request).(interface{ GetValidateOnly() bool })
-	if request.GetRequestId() != "" || ok && asks.GetValidateOnly() {
-		return request
-	}
+// Scheme returns the scheme of a name with its default options: fp32, fp16, bf16, int8, nf4,
+// fp4, gptq, awq or rtn. For another name it is nil, which the server refuses.
+func Scheme(name string) *pb.Scheme { return proto.CloneOf(schemes[name]) }
+
+// newRequestID returns 32 hexadecimal digits.
+func newRequestID() string {
 	id := make([]byte, 16)
 	rand.Read(id) // which never fails
-	request = proto.CloneOf(request)
-	message := request.ProtoReflect()
-	message.Set(message.Descriptor().Fields().ByName("request_id"), protoreflect.ValueOfString(hex.EncodeToString(id)))
-	return request
+	return hex.EncodeToString(id)
 }

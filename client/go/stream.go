@@ -1,16 +1,8 @@
 package lowbit
 
 import (
-	"context"
-	"errors"
-	"io"
 	"iter"
-	"time"
-
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/peer"
-	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
+	"slices"
 
 	pb "lowbit/gen/lowbitv1"
 )
@@ -87,17 +79,17 @@ func ReadTexts(events iter.Seq2[Event, error]) ([]string, error) {
 // WaitLoad reads the progress of a load to its end and returns each replica's last message.
 func WaitLoad(progress iter.Seq2[*pb.LoadResponse, error]) ([]*pb.LoadResponse, error) {
 	var last []*pb.LoadResponse
-	index := map[[2]string]int{}
 	for message, err := range progress {
 		if err != nil {
 			return nil, err
 		}
-		replica := [2]string{message.Device, message.Worker}
-		if at, ok := index[replica]; ok {
-			last[at] = message
-		} else {
-			index[replica] = len(last)
+		at := slices.IndexFunc(last, func(other *pb.LoadResponse) bool {
+			return other.Device == message.Device && other.Worker == message.Worker
+		})
+		if at < 0 {
 			last = append(last, message)
+		} else {
+			last[at] = message
 		}
 	}
 	return last, nil
@@ -106,23 +98,9 @@ func WaitLoad(progress iter.Seq2[*pb.LoadResponse, error]) ([]*pb.LoadResponse, 
 func events(messages iter.Seq2[*pb.GenerateResponse, error]) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {
 		for message, err := range messages {
-			var event Event
-			switch e := message.GetEvent().(type) {
-			case *pb.GenerateResponse_Started:
-				event.Started = e.Started
-			case *pb.GenerateResponse_Delta:
-				event.Chunk = &Chunk{Text: e.Delta.Text, Tokens: e.Delta.Tokens, OutputIndex: e.Delta.OutputIndex}
-				for _, token := range e.Delta.Tokens {
-					event.Chunk.TokenIDs = append(event.Chunk.TokenIDs, token.Id)
-				}
-			case *pb.GenerateResponse_OutputFinished:
-				event.Finished = e.OutputFinished
-			case *pb.GenerateResponse_Completed:
-				event.Completed = e.Completed
-			default:
-				if err == nil {
-					continue // of a newer server
-				}
+			event := eventOf(message)
+			if event == (Event{}) && err == nil {
+				continue // of a newer server
 			}
 			if !yield(event, err) {
 				return
@@ -131,56 +109,15 @@ func events(messages iter.Seq2[*pb.GenerateResponse, error]) iter.Seq2[Event, er
 	}
 }
 
-// stream makes a call with a stream of answers each time it is ranged over. The call is tried
-// again until its first message. With resume, which is told each message, it is made again
-// after a broken connection too.
-func stream[Q proto.Message, R any](
-	ctx context.Context, c *Client, timeout time.Duration,
-	open func(context.Context, Q, ...grpc.CallOption) (grpc.ServerStreamingClient[R], error),
-	request Q, resume func(*R),
-) iter.Seq2[*R, error] {
-	return func(yield func(*R, error) bool) {
-		ctx, cancel := c.bind(ctx, timeout)
-		defer cancel()
-		tries := tries{client: c, again: true}
-		for started := false; ; {
-			var to peer.Peer
-			messages, err := open(c.outgoing(ctx), request, grpc.Peer(&to))
-			for err == nil {
-				var message *R
-				if message, err = messages.Recv(); err != nil {
-					break
-				}
-				if !started {
-					started = true
-					c.budget.refund()
-				}
-				if resume != nil {
-					tries.resumed()
-					resume(message)
-				}
-				if !yield(message, nil) {
-					return
-				}
-				err = status.FromContextError(ctx.Err()).Err() // what came already is not read on
-			}
-			if errors.Is(err, io.EOF) {
-				return
-			}
-			e := failure(ctx, err, requestID(request))
-			if started && resume == nil {
-				yield(nil, e)
-				return
-			}
-			if started {
-				e = tries.resume(ctx, e)
-			} else {
-				e = tries.next(ctx, e, to.Addr != nil)
-			}
-			if e != nil {
-				yield(nil, e)
-				return
-			}
+func eventOf(message *pb.GenerateResponse) Event {
+	event := Event{
+		Started: message.GetStarted(), Finished: message.GetOutputFinished(), Completed: message.GetCompleted(),
+	}
+	if delta := message.GetDelta(); delta != nil {
+		event.Chunk = &Chunk{Text: delta.Text, Tokens: delta.Tokens, OutputIndex: delta.OutputIndex}
+		for _, token := range delta.Tokens {
+			event.Chunk.TokenIDs = append(event.Chunk.TokenIDs, token.Id)
 		}
 	}
+	return event
 }

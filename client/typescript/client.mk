@@ -26,10 +26,12 @@ build-typescript: $(TS_READY)
 
 generate-typescript: $(LIGHT) $(TS_READY)
 	$(call ts_stubs,$(TS)/src/gen)
+	$(BIN)/python client/generate.py typescript $(TS)/src
 
 checkgenerate-typescript: $(LIGHT) $(TS_READY)
 	$(call ts_stubs,$(GENERATED)-typescript)
 	diff -r $(GENERATED)-typescript $(TS)/src/gen
+	$(BIN)/python client/generate.py typescript $(TS)/src --check
 
 $(TS_READY): $(TS)/package.json $(TS)/package-lock.json
 	cd $(TS) && npm ci --silent --no-progress

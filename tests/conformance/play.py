@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
+import tomllib
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -65,12 +66,13 @@ class Mismatch(Exception):  # noqa: N818 - it reads better where it is caught
 
 @cache
 def _classes() -> dict[str, str]:
-    """Return the class of each reason, from the table of client/README.md."""
-    found = {}
-    for line in (ROOT / "client" / "README.md").read_text().splitlines():
-        if match := re.match(r"\| (?:· )?`(\w+Error)` \| ([A-Z_, ]*) \|", line):
-            found.update(dict.fromkeys(match[2].replace(",", " ").split(), match[1]))
-    return found
+    """Return the class of each reason, from client/contract.toml."""
+    table = tomllib.loads((ROOT / "client" / "contract.toml").read_text())
+    return {
+        reason: f"{error['name']}Error"
+        for error in table["errors"]
+        for reason in error.get("reasons", ())
+    }
 
 
 def variants(scenario: Any) -> Iterator[tuple[str, dict[str, str]]]:

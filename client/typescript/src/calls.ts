@@ -1,17 +1,13 @@
 /** Calls over one transport: deadlines, retries, resumption and typed errors. */
 
-import type {
-  DescMessage,
-  DescMethodServerStreaming,
-  DescMethodUnary,
-  MessageInitShape,
-  MessageShape,
-} from "@bufbuild/protobuf";
-import { create } from "@bufbuild/protobuf";
+import { type DescMethodServerStreaming, type DescMethodUnary, create } from "@bufbuild/protobuf";
+import type { Transport } from "@connectrpc/connect";
 import { createAsyncIterable } from "@connectrpc/connect/protocol";
-import { type LowbitError, cancelled, toLowbitError } from "./errors.js";
+import { openTransport } from "#transport";
+import type { LowbitError } from "./errors.js";
+import { cancelled, toLowbitError } from "./failures.js";
 import { type Settled, USER_AGENT } from "./options.js";
-import type { Opened } from "./transport.js";
+import type { In, Out } from "./requests.js";
 
 /** Options of one call. */
 export interface CallOptions {
@@ -22,97 +18,96 @@ export interface CallOptions {
 }
 
 /** A method whose answer is one message or a stream of them. @internal */
-export type Method<I extends DescMessage, O extends DescMessage> =
-  | DescMethodUnary<I, O>
-  | DescMethodServerStreaming<I, O>;
+export type Method = DescMethodUnary | DescMethodServerStreaming;
 
-/** How a call is made. @internal */
-export interface How<I extends DescMessage, O extends DescMessage> extends CallOptions {
-  /** Whether a second call has the effect of one. */
-  readonly again: boolean;
-  /** Makes the stream resume: turns the request into that of what follows a message. */
-  readonly resume?: (request: MessageShape<I>, last: MessageShape<O>) => void;
+/** What is called and how. @internal */
+export interface Call<M extends Method> extends CallOptions {
+  readonly method: M;
+  readonly request: In<M>;
+  /** The option that bounds it where `timeout` does not. */
+  readonly within?: "callTimeout" | "slowCallTimeout" | "streamTimeout";
+  /** Whether a second call may have more effect than one. */
+  readonly once?: boolean;
+  /** Makes the stream resume: gives what differs in the request for what follows a message. */
+  readonly resume?: (last: Out<M>) => In<M>;
 }
 
 /** All calls of one client. @internal */
 export class Calls {
   readonly #running = new Set<AbortController>();
-  #closed = false;
+  readonly #closing = new AbortController();
+  readonly #transport: Transport;
+  readonly options: Settled;
   #budget: number;
 
-  constructor(
-    private readonly opened: Opened,
-    readonly options: Settled,
-  ) {
+  constructor(address: string | undefined, options: Settled) {
+    this.options = options;
+    this.#transport = options.transport ?? openTransport(address, options, this.#closing.signal);
     this.#budget = options.retryBudget;
   }
 
   /** Closes the connection and cancels what still runs. */
   close(): void {
-    this.#closed = true;
+    this.#closing.abort();
     for (const controller of this.#running) controller.abort();
-    this.opened.close();
+  }
+
+  /** Makes a call with one answer and returns it. */
+  async one<M extends DescMethodUnary>(call: Call<M>): Promise<Out<M>> {
+    for await (const message of this.messages(new AbortController(), call)) return message;
+    throw new Error("a call with one answer ended without it");
   }
 
   /** Gives the messages of a call; whoever leaves early or aborts the controller cancels it. */
-  async *messages<I extends DescMessage, O extends DescMessage>(
-    controller: AbortController,
-    method: Method<I, O>,
-    init: MessageInitShape<I>,
-    how: How<I, O>,
-  ): AsyncGenerator<MessageShape<O>> {
+  async *messages<M extends Method>(controller: AbortController, call: Call<M>): AsyncGenerator<Out<M>> {
     const abort = () => controller.abort();
-    if (this.#closed || how.signal?.aborted) abort();
-    how.signal?.addEventListener("abort", abort);
+    if (this.#closing.signal.aborted || call.signal?.aborted) abort();
+    call.signal?.addEventListener("abort", abort);
     this.#running.add(controller);
     try {
-      yield* this.#tries(controller.signal, method, create(method.input, init), how);
+      yield* this.#tries(controller.signal, call);
     } finally {
       this.#running.delete(controller);
-      how.signal?.removeEventListener("abort", abort);
+      call.signal?.removeEventListener("abort", abort);
       abort();
     }
   }
 
-  async *#tries<I extends DescMessage, O extends DescMessage>(
-    signal: AbortSignal,
-    method: Method<I, O>,
-    request: MessageShape<I>,
-    how: How<I, O>,
-  ): AsyncGenerator<MessageShape<O>> {
+  async *#tries<M extends Method>(signal: AbortSignal, call: Call<M>): AsyncGenerator<Out<M>> {
     const { resumeTimeout, maxAttempts, firstBackoff, maxBackoff, retryBudget } = this.options;
-    const deadline = now() + (how.timeout ?? Infinity);
+    const deadline = now() + (call.timeout ?? (call.within && this.options[call.within]) ?? Infinity);
+    let request = create(call.method.input, call.request) as In<M>;
     let seen = false; // whether a message of any try has come
-    let resumeBy: number | undefined; // when a broken stream is given up
-    for (let tries = 1; ; tries++) {
+    let failures = 0; // since the last message
+    let resumeBy = Infinity; // when a broken stream is given up
+    for (;;) {
       try {
-        for await (const message of await this.#send(signal, method, request, deadline)) {
-          if (signal.aborted) throw cancelled();
+        signal.throwIfAborted();
+        for await (const message of await this.#send(signal, call.method, request, deadline)) {
           if (!seen) this.#budget = Math.min(retryBudget, this.#budget + 0.1);
           seen = true;
-          resumeBy = undefined;
-          tries = 0;
-          how.resume?.(request, message);
+          failures = 0;
+          if (call.resume) request = { ...request, ...call.resume(message) };
           yield message;
-          if (signal.aborted) throw cancelled();
+          signal.throwIfAborted();
         }
         return;
       } catch (thrown) {
         if (signal.aborted) throw cancelled();
-        const id = (request as { requestId?: string }).requestId ?? "";
-        const error = toLowbitError(thrown, id, now() >= deadline);
-        const bound = Math.min(maxBackoff, firstBackoff * 2 ** (Math.max(tries, 1) - 1));
+        const error = toLowbitError(thrown, request, now() >= deadline);
+        const { retryAfter } = error;
+        const backoff = Math.min(maxBackoff, firstBackoff * 2 ** failures++);
         // Later than the server asked for, never earlier, and not all clients at once.
-        const wait = error.retryAfter === undefined ? bound * between(0.5, 1) : error.retryAfter * between(1, 1.1);
+        const wait = retryAfter === undefined ? backoff * between(0.5, 1) : retryAfter * between(1, 1.1);
         if (now() + wait >= deadline) throw error;
         if (seen) {
-          const refused = resumeBy !== undefined && error.retryAfter !== undefined;
-          resumeBy ??= now() + resumeTimeout;
-          if (!how.resume || !(isBroken(error) || refused) || now() + wait >= resumeBy) throw error;
+          if (failures === 1) resumeBy = now() + resumeTimeout;
+          const lost = isBroken(error) || (retryAfter !== undefined && failures > 1);
+          if (!call.resume || !lost || now() + wait >= resumeBy) throw error;
         } else {
-          const safe =
-            error.retryAfter !== undefined || (error.code === "UNAVAILABLE" && (how.again || isUnconnected(error)));
-          if (!safe || tries >= maxAttempts || this.#budget < 1) throw error;
+          const safe = error.code === "UNAVAILABLE" && (!call.once || isUnconnected(error));
+          if (retryAfter === undefined && !safe) throw error;
+          if (failures >= maxAttempts || this.#budget < 1) throw error;
           this.#budget -= 1;
         }
         await sleep(wait, signal);
@@ -121,27 +116,19 @@ export class Calls {
   }
 
   /** Makes one try. */
-  async #send<I extends DescMessage, O extends DescMessage>(
-    signal: AbortSignal,
-    method: Method<I, O>,
-    request: MessageShape<I>,
-    deadline: number,
-  ): Promise<AsyncIterable<MessageShape<O>> | [MessageShape<O>]> {
-    if (signal.aborted) throw cancelled();
+  async #send<M extends Method>(signal: AbortSignal, method: M, request: In<M>, deadline: number) {
     const { token, traceparent } = this.options;
+    const header = new Headers({ "user-agent": USER_AGENT });
+    if (token !== undefined) header.set("authorization", `Bearer ${token}`);
     const parent = traceparent?.();
-    const header = {
-      "user-agent": USER_AGENT,
-      ...(token !== undefined && { authorization: `Bearer ${token}` }),
-      ...(parent && { traceparent: parent }),
-    };
-    const { transport } = this.opened;
+    if (parent) header.set("traceparent", parent);
     // 0 would be none at all.
     const timeoutMs = deadline === Infinity ? undefined : Math.max(1, Math.ceil((deadline - now()) * 1000));
-    const input = request as MessageInitShape<I>;
-    return method.methodKind === "unary"
-      ? [(await transport.unary(method, signal, timeoutMs, header, input)).message]
-      : (await transport.stream(method, signal, timeoutMs, header, createAsyncIterable([input]))).message;
+    const answer =
+      method.methodKind === "unary"
+        ? [(await this.#transport.unary(method, signal, timeoutMs, header, request)).message]
+        : (await this.#transport.stream(method, signal, timeoutMs, header, createAsyncIterable([request]))).message;
+    return answer as AsyncIterable<Out<M>> | Out<M>[];
   }
 }
 
@@ -157,22 +144,18 @@ function isUnconnected(error: LowbitError): boolean {
   return false;
 }
 
-function now(): number {
-  return performance.now() / 1000;
-}
+const now = () => performance.now() / 1000;
+const between = (low: number, high: number) => low + Math.random() * (high - low);
 
-function between(low: number, high: number): number {
-  return low + Math.random() * (high - low);
-}
-
-/** Waits so many seconds; throws CancelledError at once when the signal aborts. */
-async function sleep(seconds: number, signal: AbortSignal): Promise<void> {
-  let wake = () => {};
-  const woken = new Promise<void>((resolve) => (wake = resolve));
-  const timer = setTimeout(wake, seconds * 1000);
-  signal.addEventListener("abort", wake);
-  if (!signal.aborted) await woken;
-  signal.removeEventListener("abort", wake);
-  clearTimeout(timer);
-  if (signal.aborted) throw cancelled();
+/** Waits so many seconds, or until the signal aborts. */
+function sleep(seconds: number, signal: AbortSignal): Promise<void> {
+  return new Promise((resolve) => {
+    const wake = () => {
+      clearTimeout(timer);
+      signal.removeEventListener("abort", wake);
+      resolve();
+    };
+    const timer = setTimeout(wake, seconds * 1000);
+    signal.addEventListener("abort", wake);
+  });
 }

@@ -1,6 +1,7 @@
 /** Client of the Lowbit service. */
 
 export type { CallOptions } from "./calls.js";
+export * from "./classes.js";
 export { Client } from "./client.js";
 export * from "./errors.js";
 export { type ClientOptions, type TlsOptions } from "./options.js";

@@ -1,6 +1,7 @@
 /** What a client may be told about its connection: limits, timeouts and retries. */
 
 import type { Transport } from "@connectrpc/connect";
+import { DEFAULTS, type Settings, check } from "./settings.js";
 
 /** Name and version that the server logs. */
 export const USER_AGENT = "lowbit-typescript/0.1.0";
@@ -18,29 +19,7 @@ export interface TlsOptions {
 }
 
 /** Options of one client; all times are in seconds. */
-export interface ClientOptions {
-  /** Deadline of a call with one answer, over all tries. Default 30. */
-  readonly callTimeout?: number;
-  /** The same for `verifyModel` and `score`. Default 600. */
-  readonly slowCallTimeout?: number;
-  /** Deadline of `generate` and `load`. Default: none. */
-  readonly streamTimeout?: number | undefined;
-  /** How long `watchJob` and `load` try to get back to a server. Default 60. */
-  readonly resumeTimeout?: number;
-  /** Largest message that is sent or accepted. Default 64 MiB. */
-  readonly maxMessageBytes?: number;
-  /** Time between two pings of the connection; the server allows one every 10 s. Default 30. */
-  readonly keepaliveInterval?: number;
-  /** A connection whose ping is not answered in this time is given up. Default 10. */
-  readonly keepaliveTimeout?: number;
-  /** Tries of one call in all; 1 switches retries off. Default 4. */
-  readonly maxAttempts?: number;
-  /** Wait before the second try where the server names none; doubles each time. Default 0.1. */
-  readonly firstBackoff?: number;
-  /** Longest wait between two tries where the server names none. Default 2. */
-  readonly maxBackoff?: number;
-  /** Retries in a row over all calls; each success gives back 0.1. Default 20. */
-  readonly retryBudget?: number;
+export interface ClientOptions extends Settings {
   /** Makes the connection TLS. Default: plain text. */
   readonly tls?: TlsOptions | undefined;
   /** Sent as `authorization: Bearer TOKEN`; without TLS only to loopback. */
@@ -52,38 +31,15 @@ export interface ClientOptions {
 }
 
 /** Options with every default filled in. @internal */
-export type Settled = ClientOptions &
-  Required<Omit<ClientOptions, "streamTimeout" | "tls" | "token" | "traceparent" | "transport">>;
-
-const DEFAULTS = {
-  callTimeout: 30,
-  slowCallTimeout: 600,
-  resumeTimeout: 60,
-  maxMessageBytes: 64 * 1024 * 1024,
-  keepaliveInterval: 30,
-  keepaliveTimeout: 10,
-  maxAttempts: 4,
-  firstBackoff: 0.1,
-  maxBackoff: 2,
-  retryBudget: 20,
-};
+export type Settled = ClientOptions & typeof DEFAULTS;
 
 const TOKEN = /^[A-Za-z0-9._~+/-]+=*$/; // RFC 6750, section 2.1
-const WHOLE = ["maxMessageBytes", "maxAttempts", "retryBudget"];
 
 /** Fills in the defaults; throws RangeError, with the option's name, where a value makes no sense. @internal */
 export function settle(options: ClientOptions): Settled {
-  const given = Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined));
-  const settled: Settled = { ...DEFAULTS, ...given };
-  for (const name of [...Object.keys(DEFAULTS), "streamTimeout"]) {
-    const value: unknown = settled[name as keyof Settled];
-    if (value === undefined && name === "streamTimeout") continue;
-    const least = name === "retryBudget" ? 0 : WHOLE.includes(name) ? 1 : Number.MIN_VALUE;
-    if (typeof value !== "number" || !(value >= least) || (WHOLE.includes(name) && !Number.isInteger(value)))
-      throw new RangeError(
-        `${name} must be ${WHOLE.includes(name) ? `a whole number of at least ${least}` : "above 0"}`,
-      );
-  }
+  const given = Object.entries(options).filter(([, value]) => value !== undefined);
+  const settled: Settled = { ...DEFAULTS, ...Object.fromEntries(given) };
+  check(settled);
   if (!settled.tls?.certificate !== !settled.tls?.key) throw new RangeError("tls.certificate and tls.key go together");
   if (settled.token !== undefined && !TOKEN.test(settled.token))
     throw new RangeError("token has other characters than RFC 6750 allows, or none");

@@ -41,36 +41,9 @@ const SCHEMES: Readonly<Record<SchemeName, Kind>> = {
   rtn: { case: "rtn", value: {} },
 };
 
-/** Tells the short form of a call, which begins with a name, from the long one. @internal */
-export function form<I extends object>(
-  first: string | I,
-  second: unknown,
-  rest: CallOptions = {},
-  main: (name: string) => I,
-): [I, CallOptions] {
-  if (typeof first !== "string") return [first, (second ?? {}) as CallOptions];
-  const { signal, timeout, ...fields } = rest;
-  return [
-    { ...fields, ...main(first) },
-    { signal, timeout },
-  ];
-}
-
-/** Makes a request of a name that needs no more. @internal */
-export function named<I>(name: string | I): I | { model: string } {
-  return typeof name === "string" ? { model: name } : name;
-}
-
-/** The same for a request that needs an id. @internal */
-export function byId<I>(id: string | I): I | { id: string } {
-  return typeof id === "string" ? { id } : id;
-}
-
-/** Gives a request an id of its own, so that a second try is the same job. @internal */
-export function withId<I extends object>(request: I): I {
-  const { requestId, validateOnly } = request as { requestId?: string; validateOnly?: boolean };
-  if (requestId || validateOnly) return request;
-  return { ...request, requestId: crypto.randomUUID().replaceAll("-", "") };
+/** Makes the id of a request, so that a second try is the same job. @internal */
+export function newRequestId(): string {
+  return crypto.randomUUID().replaceAll("-", "");
 }
 
 /** Turns a prompt into the input of a request; throws RangeError for an unknown role. @internal */

@@ -1,23 +1,20 @@
 /** The streams that a client returns. Each begins with its first read and is cancelled when it is left. */
 
-import { Code, ConnectError } from "@connectrpc/connect";
 import type { Completed, GenerateResponse, OutputFinished, Started, Token } from "./gen/lowbit/v1/generation_pb.js";
 import type { LoadResponse } from "./gen/lowbit/v1/model_pb.js";
 
 /** Cancels the calls of streams that nobody holds any more. */
-const dropped = new FinalizationRegistry<() => void>((cancel) => cancel());
+const dropped = new FinalizationRegistry<AbortController>((controller) => controller.abort());
 
 /** Messages of a call, to be read once; leaving a `for await` over it cancels the call on the server. */
 export class Stream<T, M = T> implements AsyncIterableIterator<T> {
+  readonly #controller = new AbortController();
   readonly #messages: AsyncGenerator<M>;
-  readonly #cancel: () => void;
 
   /** @internal */
   constructor(start: (controller: AbortController) => AsyncGenerator<M>) {
-    const controller = new AbortController();
-    this.#messages = start(controller);
-    this.#cancel = () => controller.abort(new ConnectError("cancelled by the caller", Code.Canceled));
-    dropped.register(this, this.#cancel);
+    this.#messages = start(this.#controller);
+    dropped.register(this, this.#controller);
   }
 
   /** Returns the stream itself. */
@@ -37,12 +34,12 @@ export class Stream<T, M = T> implements AsyncIterableIterator<T> {
 
   /** Cancels the call if it still runs; reading on gives CancelledError once, then the end. */
   cancel(): void {
-    this.#cancel();
+    this.#controller.abort();
   }
 
   /** Cancels the call and ends the stream; `for await` calls it when it is left. */
   async return(): Promise<IteratorReturnResult<undefined>> {
-    this.#cancel();
+    this.#controller.abort();
     await this.#messages.return(undefined);
     return { done: true, value: undefined };
   }
@@ -109,26 +106,16 @@ export class GenerateStream extends Stream<Chunk, GenerateResponse> {
 
   /** @internal */
   protected override take({ event }: GenerateResponse): Chunk | undefined {
-    switch (event.case) {
-      case "delta": {
-        const { text, tokens, outputIndex } = event.value;
-        this.#add(outputIndex, text);
-        return { text, tokenIds: tokens.map((token) => token.id), tokens, outputIndex };
-      }
-      case "started":
-        this.started = event.value;
-        return undefined;
-      case "outputFinished":
-        this.#add(event.value.outputIndex, "");
-        this.allFinished.set(event.value.outputIndex, event.value);
-        return undefined;
-      case "completed":
-        this.completed = event.value;
+    if (event.case === "delta") {
+      const { text, tokens, outputIndex } = event.value;
+      this.#texts[outputIndex] = (this.#texts[outputIndex] ?? "") + text;
+      return { text, tokenIds: tokens.map((token) => token.id), tokens, outputIndex };
     }
+    if (event.case === "outputFinished") {
+      this.#texts[event.value.outputIndex] ??= "";
+      this.allFinished.set(event.value.outputIndex, event.value);
+    } else if (event.case === "started") this.started = event.value;
+    else if (event.case === "completed") this.completed = event.value;
     return undefined;
-  }
-
-  #add(index: number, text: string): void {
-    this.#texts[index] = (this.#texts[index] ?? "") + text;
   }
 }

@@ -1,6 +1,6 @@
 /** gRPC over HTTP/2, for Node. */
 
-import type { ClientHttp2Stream, Http2Session, IncomingHttpHeaders } from "node:http2";
+import type { ClientHttp2Stream, Http2Session, IncomingHttpHeaders, SecureClientSessionOptions } from "node:http2";
 import { connect } from "node:net";
 import { fromBinary } from "@bufbuild/protobuf";
 import type { Transport } from "@connectrpc/connect";
@@ -8,14 +8,11 @@ import { Http2SessionManager, createGrpcTransport } from "@connectrpc/connect-no
 import { StatusSchema } from "./gen/lowbit/status/v1/status_pb.js";
 import type { Settled } from "./options.js";
 
-/** A transport and what closes it. @internal */
-export interface Opened {
-  readonly transport: Transport;
-  readonly close: () => void;
-}
-
-/** Makes a transport that connects with its first call; throws RangeError for a token in plain text. @internal */
-export function openTransport(address: string | undefined, options: Settled): Opened {
+/**
+ * Makes a transport that connects with its first call, until it is closed by the signal; throws RangeError for a
+ * token in plain text. @internal
+ */
+export function openTransport(address: string | undefined, options: Settled, closing: AbortSignal): Transport {
   const target = address || process.env["LOWBIT_ADDRESS"] || "127.0.0.1:50151";
   const { tls, token, maxMessageBytes } = options;
   const unix = target.startsWith("unix:") && target.replace(/^unix:(\/\/(?=\/))?/, "");
@@ -31,26 +28,25 @@ export function openTransport(address: string | undefined, options: Settled): Op
     // Node counts what waits to be sent or read against this; its own 10 MB would end larger messages.
     maxSessionMemory: 64 + Math.ceil((4 * maxMessageBytes) / 1e6),
     ...(unix && { createConnection: () => connect(unix) }),
-    ...(tls && { ca: bytes(tls.ca), cert: bytes(tls.certificate), key: bytes(tls.key) }),
+    ...(tls && { ca: tls.ca, cert: tls.certificate, key: tls.key }),
     ...(tls?.serverName && { servername: tls.serverName }),
-  });
+  } as SecureClientSessionOptions);
+  closing.addEventListener("abort", () => session.close());
   const limits = { readMaxBytes: maxMessageBytes, writeMaxBytes: maxMessageBytes };
-  const transport = createGrpcTransport({ baseUrl: url, sessionManager: session, ...limits });
-  return { transport, close: () => session.close() };
+  return createGrpcTransport({ baseUrl: url, sessionManager: session, ...limits });
 }
 
 /** A connection that works around what connect-node 2.1.2 gets wrong, and that can be closed in peace. */
 class Session extends Http2SessionManager {
-  readonly #open = new Set<Http2Session>();
+  #latest: Http2Session | undefined;
 
   override async request(...args: Parameters<Http2SessionManager["request"]>): Promise<ClientHttp2Stream> {
     const stream = await super.request(...args);
     // Details that cannot be read must not hide the status.
     for (const event of ["response", "trailers"]) stream.on(event, dropBrokenDetails);
     const { session } = stream;
-    if (session && !this.#open.has(session)) {
-      this.#open.add(session);
-      session.once("close", () => this.#open.delete(session));
+    if (session && session !== this.#latest) {
+      this.#latest = session;
       // A connection that ended with open streams would be pinged once more, and Node throw outside of any call.
       const ping = session.ping.bind(session) as (...args: unknown[]) => boolean;
       session.ping = (...args: unknown[]) => !session.destroyed && ping(...args);
@@ -61,7 +57,7 @@ class Session extends Http2SessionManager {
   /** Ends the connection once its streams, all cancelled, have told the server so. */
   close(): void {
     if (this.state() === "connecting") this.abort();
-    for (const session of this.#open) session.close();
+    this.#latest?.close();
   }
 }
 
@@ -72,8 +68,4 @@ function dropBrokenDetails(headers: IncomingHttpHeaders): void {
   } catch {
     delete headers["grpc-status-details-bin"];
   }
-}
-
-function bytes(pem: string | Uint8Array | undefined): string | Buffer | undefined {
-  return pem instanceof Uint8Array ? Buffer.from(pem) : pem;
 }

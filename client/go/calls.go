@@ -2,6 +2,9 @@ package lowbit
 
 import (
 	"context"
+	"errors"
+	"io"
+	"iter"
 	"math"
 	"math/rand/v2"
 	"sync"
@@ -21,29 +24,65 @@ const (
 	again = true
 )
 
-// call makes a call with one answer, within call_timeout.
+// call makes a call with one answer.
 func call[Q proto.Message, R any](
-	ctx context.Context, c *Client, again bool,
-	rpc func(context.Context, Q, ...grpc.CallOption) (R, error), request Q,
-) (R, error) {
-	return callFor(ctx, c, c.options.callTimeout, again, rpc, request)
-}
-
-func callFor[Q proto.Message, R any](
 	ctx context.Context, c *Client, timeout time.Duration, again bool,
 	rpc func(context.Context, Q, ...grpc.CallOption) (R, error), request Q,
 ) (R, error) {
 	ctx, cancel := c.bind(ctx, timeout)
 	defer cancel()
-	for tries := (tries{client: c, again: again}); ; {
+	for tries := (tries{client: c}); ; {
 		var to peer.Peer
 		response, err := rpc(c.outgoing(ctx), request, grpc.Peer(&to))
 		if err == nil {
-			c.budget.refund()
+			tries.arrived()
 			return response, nil
 		}
-		if e := tries.next(ctx, failure(ctx, err, requestID(request)), to.Addr != nil); e != nil {
+		safe := again || to.Addr == nil // it reached no server
+		if e := tries.next(ctx, failure(ctx, err, requestID(request)), safe); e != nil {
 			return response, e
+		}
+	}
+}
+
+// stream makes a call with a stream of answers each time it is ranged over. The call is tried
+// again until its first message. With resume, which makes the next request from the last message,
+// it is made again after a broken connection too.
+func stream[Q proto.Message, R any](
+	ctx context.Context, c *Client, timeout time.Duration,
+	open func(context.Context, Q, ...grpc.CallOption) (grpc.ServerStreamingClient[R], error),
+	request Q, resume func(next Q, last *R),
+) iter.Seq2[*R, error] {
+	return func(yield func(*R, error) bool) {
+		ctx, cancel := c.bind(ctx, timeout)
+		defer cancel()
+		request := request
+		if resume != nil {
+			request = proto.CloneOf(request) // the caller's stays as it is
+		}
+		for tries := (tries{client: c, resumes: resume != nil}); ; {
+			messages, err := open(c.outgoing(ctx), request)
+			for err == nil {
+				var message *R
+				if message, err = messages.Recv(); err != nil {
+					break
+				}
+				tries.arrived()
+				if resume != nil {
+					resume(request, message)
+				}
+				if !yield(message, nil) {
+					return
+				}
+				err = status.FromContextError(ctx.Err()).Err() // what came already is not read on
+			}
+			if errors.Is(err, io.EOF) {
+				return
+			}
+			if e := tries.next(ctx, failure(ctx, err, requestID(request)), true); e != nil {
+				yield(nil, e)
+				return
+			}
 		}
 	}
 }
@@ -83,20 +122,32 @@ func requestID(request proto.Message) string {
 
 // tries are the tries of one call.
 type tries struct {
-	client *Client
-	again  bool
-	made   int       // failed ones; of a resumed stream, those since its last message
-	giveUp time.Time // of a broken stream
+	client  *Client
+	resumes bool      // goes on after a broken connection
+	started bool      // has had a message
+	made    int       // failed ones; of a resumed stream, those since its last message
+	giveUp  time.Time // of a broken stream
+}
+
+// arrived notes a message.
+func (t *tries) arrived() {
+	if !t.started {
+		t.client.budget.refund()
+	}
+	t.started, t.giveUp = true, time.Time{}
 }
 
 // next waits before the next try, or returns the failure to give where there is to be none.
-// A call that reached no server is safe to make again.
-func (t *tries) next(ctx context.Context, e *Error, reached bool) *Error {
-	safe := e.RetryAfter != nil || e.Code == codes.Unavailable && (t.again || !reached)
+// A call that is not safe to make again is tried again only where the server asks for it.
+func (t *tries) next(ctx context.Context, e *Error, safe bool) *Error {
+	if t.started {
+		return t.resume(ctx, e)
+	}
+	may := e.RetryAfter != nil || e.Code == codes.Unavailable && safe
 	t.made++
 	delay := t.delay(e)
 	end, bounded := ctx.Deadline()
-	if !safe || t.made >= t.client.options.maxAttempts || bounded && time.Until(end) <= delay || !t.client.budget.spend() {
+	if !may || t.made >= t.client.options.maxAttempts || bounded && time.Until(end) <= delay || !t.client.budget.spend() {
 		return e
 	}
 	return sleep(ctx, delay, e)
@@ -104,7 +155,7 @@ func (t *tries) next(ctx context.Context, e *Error, reached bool) *Error {
 
 // resume does the same for a stream that had messages and broke.
 func (t *tries) resume(ctx context.Context, e *Error) *Error {
-	broken := e.Code == codes.Unavailable && (e.Reason == "" || e.Reason == "SHUTTING_DOWN")
+	broken := t.resumes && e.Code == codes.Unavailable && (e.Reason == "" || e.Reason == "SHUTTING_DOWN")
 	if !broken && (t.giveUp.IsZero() || e.RetryAfter == nil) {
 		return e
 	}
@@ -118,9 +169,6 @@ func (t *tries) resume(ctx context.Context, e *Error) *Error {
 	}
 	return sleep(ctx, delay, e)
 }
-
-// resumed notes a message of the stream.
-func (t *tries) resumed() { t.giveUp = time.Time{} }
 
 // delay is what the server asked for and up to a tenth more, or else a random part of the
 // backoff, not below its half.
@@ -149,6 +197,8 @@ type budget struct {
 	mutex      sync.Mutex
 	size, left float64
 }
+
+func newBudget(size int) *budget { return &budget{size: float64(size), left: float64(size)} }
 
 func (b *budget) spend() bool {
 	b.mutex.Lock()
