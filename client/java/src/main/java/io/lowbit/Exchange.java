@@ -76,7 +76,7 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
     int size = request.getSerializedSize();
     if (size > transport.options.maxMessageBytes) { // gRPC's own check can leave a call hanging
       String told = "the request has " + size + " bytes, more than maxMessageBytes";
-      end(Failures.from(Status.RESOURCE_EXHAUSTED.withDescription(told), null, request));
+      end(failed(Status.RESOURCE_EXHAUSTED.withDescription(told)));
       return;
     }
     try {
@@ -86,7 +86,7 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
       call.sendMessage(request);
       call.halfClose();
     } catch (RuntimeException broken) { // such as a traceparent function that throws
-      end(Failures.from(Status.UNKNOWN.withDescription("not sent").withCause(broken), null, request));
+      end(failed(Status.UNKNOWN.withDescription("not sent").withCause(broken)));
     }
   }
 
@@ -109,13 +109,21 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
     if (ended) {
       return;
     }
-    LowbitException failed = status.isOk() ? null : Failures.from(status, trailers, request);
+    LowbitException failed = status.isOk() ? null : failed(status, trailers);
     Duration wait = failed == null ? null : last == null ? retry(failed) : resume(failed);
     if (wait == null) {
       end(failed);
     } else {
       next = transport.timer.schedule(this::start, wait.toNanos(), TimeUnit.NANOSECONDS);
     }
+  }
+
+  private LowbitException failed(Status status) {
+    return failed(status, new Metadata());
+  }
+
+  private LowbitException failed(Status status, Metadata trailers) {
+    return Errors.of(new Failure(status, trailers, request));
   }
 
   private void end(LowbitException failed) {
@@ -238,7 +246,7 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
       return;
     }
     messages.clear();
-    end(Failures.cancelled(request));
+    end(failed(Status.CANCELLED.withDescription("the call was cancelled by its caller")));
     if (next != null) {
       next.cancel(false);
     }
