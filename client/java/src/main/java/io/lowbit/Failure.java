@@ -1,6 +1,7 @@
 package io.lowbit;
 
 import com.google.protobuf.Any;
+import com.google.protobuf.ByteString;
 import com.google.protobuf.InvalidProtocolBufferException;
 import com.google.protobuf.Message;
 import io.grpc.Metadata;
@@ -23,8 +24,8 @@ final class Failure {
           ProtoUtils.metadataMarshaller(io.lowbit.status.v1.Status.getDefaultInstance()));
 
   final Status status;
-  final Throwable cause;
-  final Job job;
+  Throwable cause;
+  Job job;
   ErrorInfo info = ErrorInfo.getDefaultInstance();
   List<FieldViolation> violations = List.of();
   Duration retryAfter;
@@ -34,11 +35,19 @@ final class Failure {
   Failure(Status status, Metadata trailers, Message request) {
     this.status = status;
     cause = status.asRuntimeException(trailers);
-    job = null;
     try {
       var details = trailers.get(DETAILS);
       for (Any detail : details == null ? List.<Any>of() : details.getDetailsList()) {
-        read(detail);
+        ByteString data = detail.getValue();
+        switch (detail.getTypeUrl().replaceFirst(".*[./]", "")) {
+          case "ErrorInfo" -> info = ErrorInfo.parseFrom(data);
+          case "RetryInfo" -> {
+            var delay = RetryInfo.parseFrom(data).getRetryDelay();
+            retryAfter = Duration.ofSeconds(delay.getSeconds(), delay.getNanos());
+          }
+          case "BadRequest" -> violations = BadRequest.parseFrom(data).getFieldViolationsList();
+          default -> { /* a detail of a newer server */ }
+        }
       }
     } catch (IllegalArgumentException | InvalidProtocolBufferException unreadable) {
       // the status and what was read before still say something
@@ -55,21 +64,8 @@ final class Failure {
     String told = job.getError().getMessage();
     String message = "job " + job.getId() + " " + state.toLowerCase(Locale.ROOT);
     status = Status.ABORTED.withDescription(told.isEmpty() ? message : message + ": " + told);
-    cause = null;
     this.job = job;
     info = ErrorInfo.newBuilder().setReason(reason.equals("UNSPECIFIED") ? state : reason).build();
     requestId = job.getRequestId();
-  }
-
-  private void read(Any detail) throws InvalidProtocolBufferException {
-    String type = detail.getTypeUrl();
-    if (type.endsWith(".ErrorInfo")) {
-      info = ErrorInfo.parseFrom(detail.getValue());
-    } else if (type.endsWith(".RetryInfo")) {
-      var delay = RetryInfo.parseFrom(detail.getValue()).getRetryDelay();
-      retryAfter = Duration.ofSeconds(delay.getSeconds(), delay.getNanos());
-    } else if (type.endsWith(".BadRequest")) {
-      violations = BadRequest.parseFrom(detail.getValue()).getFieldViolationsList();
-    }
   }
 }
