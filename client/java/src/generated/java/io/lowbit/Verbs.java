@@ -24,13 +24,18 @@ abstract class Verbs {
     this.options = options;
   }
 
-  /** Makes a call; {@code again} tells whether a second try has the effect of one. */
+  /** Makes a call with one answer. */
   abstract <Q extends Message, R> R call(
       MethodDescriptor<Q, R> rpc, Q request, Duration usualTimeout, boolean again);
 
-  /** Starts a stream; {@code resume} makes the request that goes on after the last message. */
-  abstract <Q extends Message, R> Exchange<Q, R, R> open(
-      MethodDescriptor<Q, R> rpc, Q request, Duration usualTimeout, BiFunction<Q, R, Q> resume);
+  /** Starts a call; the parameters are those of {@link Exchange}. */
+  abstract <Q extends Message, R, T> Exchange<Q, R, T> open(
+      MethodDescriptor<Q, R> rpc,
+      Q request,
+      Duration usualTimeout,
+      boolean again,
+      BiFunction<Q, R, Q> resume,
+      Function<R, T> convert);
 
   /** Returns the token ids of text or of a chat, as {@code generate} would make them. */
   public TokenizeResponse tokenize(TokenizeRequest request) {
@@ -147,7 +152,8 @@ abstract class Verbs {
     var rpc = ModelServiceGrpc.getLoadMethod();
     BiFunction<LoadRequest, LoadResponse, LoadRequest> resume =
         (asked, last) -> asked.toBuilder().build();
-    return new LoadStream(open(rpc, request, options.streamTimeout, resume));
+    return new LoadStream(
+        open(rpc, request, options.streamTimeout, AGAIN, resume, Function.identity()));
   }
 
   /**
@@ -168,7 +174,8 @@ abstract class Verbs {
   public MessageStream<WatchModelResponse> watchModel(String model) {
     var request = WatchModelRequest.newBuilder().setModel(model).build();
     var rpc = ModelServiceGrpc.getWatchModelMethod();
-    return new MessageStream<>(open(rpc, request, null, null));
+    return new MessageStream<>(
+        open(rpc, request, null, AGAIN, null, Function.identity()));
   }
 
   /**
@@ -259,7 +266,8 @@ abstract class Verbs {
     var rpc = JobServiceGrpc.getWatchJobMethod();
     BiFunction<WatchJobRequest, WatchJobResponse, WatchJobRequest> resume =
         (asked, last) -> asked.toBuilder().setAfterSequence(last.getSequence()).build();
-    return new MessageStream<>(open(rpc, request, null, resume));
+    return new MessageStream<>(
+        open(rpc, request, null, AGAIN, resume, Function.identity()));
   }
 
   /**
@@ -322,6 +330,7 @@ abstract class Verbs {
   /** Streams snapshots of memory, queues and throughput, until the stream is left. */
   public MessageStream<WatchRuntimeResponse> watchRuntime(WatchRuntimeRequest request) {
     var rpc = RuntimeServiceGrpc.getWatchRuntimeMethod();
-    return new MessageStream<>(open(rpc, request, null, null));
+    return new MessageStream<>(
+        open(rpc, request, null, AGAIN, null, Function.identity()));
   }
 }

@@ -14,7 +14,8 @@ import java.util.function.Function;
  * waiting call is cancelled when its thread is interrupted.
  */
 public final class Client extends Verbs implements AutoCloseable {
-  private static final Duration SERVER_DRAIN = Duration.ofSeconds(30);
+  private static final com.google.protobuf.Duration SERVER_DRAIN =
+      com.google.protobuf.Duration.newBuilder().setSeconds(30).build();
 
   private final Transport transport;
   private final Duration timeout;
@@ -80,8 +81,8 @@ public final class Client extends Verbs implements AutoCloseable {
   public GenerateStream generate(GenerateRequest request) {
     var state = new GenerateStream.State();
     var rpc = GenerationServiceGrpc.getGenerateMethod();
-    var exchange = transport.open(rpc, request, or(options.streamTimeout), null, state::read);
-    return new GenerateStream(exchange, state);
+    return new GenerateStream(
+        open(rpc, request, options.streamTimeout, AGAIN, null, state::read), state);
   }
 
   /**
@@ -137,12 +138,9 @@ public final class Client extends Verbs implements AutoCloseable {
    * @return what was freed
    */
   public UnloadResponse unload(UnloadRequest request) {
-    var given = request.getDrainTimeout();
-    Duration drain =
-        request.hasDrainTimeout()
-            ? Duration.ofSeconds(given.getSeconds(), given.getNanos())
-            : SERVER_DRAIN;
-    return call(ModelServiceGrpc.getUnloadMethod(), request, options.callTimeout.plus(drain), ONCE);
+    var drain = request.hasDrainTimeout() ? request.getDrainTimeout() : SERVER_DRAIN;
+    Duration time = options.callTimeout.plusSeconds(drain.getSeconds()).plusNanos(drain.getNanos());
+    return call(ModelServiceGrpc.getUnloadMethod(), request, time, ONCE);
   }
 
   /**
@@ -190,16 +188,21 @@ public final class Client extends Verbs implements AutoCloseable {
   @Override
   <Q extends Message, R> R call(
       MethodDescriptor<Q, R> rpc, Q request, Duration usualTimeout, boolean again) {
-    return transport.call(rpc, request, or(usualTimeout), again);
+    Exchange<Q, R, R> exchange = open(rpc, request, usualTimeout, again, null, Function.identity());
+    R answer = exchange.take();
+    exchange.take(); // the status comes behind the answer
+    return answer;
   }
 
   @Override
-  <Q extends Message, R> Exchange<Q, R, R> open(
-      MethodDescriptor<Q, R> rpc, Q request, Duration usualTimeout, BiFunction<Q, R, Q> resume) {
-    return transport.open(rpc, request, or(usualTimeout), resume, Function.identity());
-  }
-
-  private Duration or(Duration usual) {
-    return timeout == null ? usual : timeout;
+  <Q extends Message, R, T> Exchange<Q, R, T> open(
+      MethodDescriptor<Q, R> rpc,
+      Q request,
+      Duration usualTimeout,
+      boolean again,
+      BiFunction<Q, R, Q> resume,
+      Function<R, T> convert) {
+    Duration time = timeout == null ? usualTimeout : timeout;
+    return new Exchange<>(transport, rpc, request, time, again, resume, convert);
   }
 }
