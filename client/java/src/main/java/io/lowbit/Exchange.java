@@ -9,7 +9,6 @@ import java.util.ArrayDeque;
 import java.util.Queue;
 import java.util.Set;
 import java.util.concurrent.CompletableFuture;
-import java.util.concurrent.ForkJoinPool;
 import java.util.concurrent.ThreadLocalRandom;
 import java.util.concurrent.TimeUnit;
 import java.util.function.BiFunction;
@@ -128,7 +127,7 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
       end(failed);
     } else {
       pause = new CompletableFuture<>();
-      pause.thenRunAsync(this::start, ForkJoinPool.commonPool());
+      pause.thenRun(this::start); // in the JDK's timer, since it does not wait for anything
       pause.completeOnTimeout(null, wait.toNanos(), TimeUnit.NANOSECONDS);
     }
   }
