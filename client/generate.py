@@ -162,6 +162,12 @@ class Verb(Row):
         fields = METHODS[self.rpc].input_type.fields_by_name
         return None if self.takes is None else [Value.of(fields[name]) for name in self.takes]
 
+    @property
+    def short_argument(self) -> Value | None:
+        """The field of the short form."""
+        fields = METHODS[self.rpc].input_type.fields_by_name
+        return Value.of(fields[self.short]) if self.short else None
+
     @field_validator("rpc")
     @classmethod
     def _is_known(cls, rpc: str) -> str:

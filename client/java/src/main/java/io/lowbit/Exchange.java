@@ -1,17 +1,14 @@
 package io.lowbit;
 
 import com.google.protobuf.Message;
-import io.grpc.ClientCall;
-import io.grpc.Deadline;
-import io.grpc.Metadata;
-import io.grpc.MethodDescriptor;
-import io.grpc.Status;
+import io.grpc.*;
 import java.net.ConnectException;
 import java.net.UnknownHostException;
 import java.time.Duration;
 import java.util.ArrayDeque;
 import java.util.Queue;
-import java.util.concurrent.Future;
+import java.util.Set;
+import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.ThreadLocalRandom;
 import java.util.concurrent.TimeUnit;
 import java.util.function.BiFunction;
@@ -29,43 +26,56 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
   private static final int WINDOW = 16;
 
   private final Transport transport;
-  private final MethodDescriptor<Q, R> method;
+  private final MethodDescriptor<Q, R> rpc;
   private final Deadline deadline;
-  private final boolean repeatable;
+  private final boolean again;
   private final BiFunction<Q, R, Q> resume;
   private final Function<R, T> convert;
   private final Queue<R> messages = new ArrayDeque<>(WINDOW);
+  private final Context.CancellationListener closing = client -> cancel();
   private Q request;
   private ClientCall<Q, R> call;
-  private Future<?> next;
-  private int tries = 1;
+  private CompletableFuture<Void> pause = new CompletableFuture<>();
+  private int failures; // since the last message
   private R last;
   private Deadline resumeBy;
-  private boolean ended;
-  private boolean drained;
   private LowbitException failure;
-  private Runnable ready = () -> {};
+  private boolean ended;
 
+  /** Whether the reader has had everything. */
+  volatile boolean drained;
+
+  /** Is called whenever there may be something to poll; must not wait. */
+  volatile Runnable ready = () -> {};
+
+  /**
+   * Starts a call.
+   *
+   * @param timeout for all tries together; null for none
+   * @param again whether a second try has the effect of one
+   * @param resume makes the request that goes on after the last message; null where nothing does
+   * @param convert makes what the reader gets of a message; may return null
+   */
   Exchange(
       Transport transport,
-      MethodDescriptor<Q, R> method,
+      MethodDescriptor<Q, R> rpc,
       Q request,
       Duration timeout,
-      boolean repeatable,
+      boolean again,
       BiFunction<Q, R, Q> resume,
       Function<R, T> convert) {
     this.transport = transport;
-    this.method = method;
+    this.rpc = rpc;
     this.request = request;
-    this.deadline = timeout == null ? null : after(timeout);
-    this.repeatable = repeatable;
+    this.deadline = timeout == null ? null : in(timeout);
+    this.again = again;
     this.resume = resume;
     this.convert = convert;
-    transport.add(this);
+    transport.life.addListener(closing, Runnable::run);
     start();
   }
 
-  private static Deadline after(Duration time) {
+  private static Deadline in(Duration time) {
     return Deadline.after(time.toNanos(), TimeUnit.NANOSECONDS);
   }
 
@@ -76,17 +86,18 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
     int size = request.getSerializedSize();
     if (size > transport.options.maxMessageBytes) { // gRPC's own check can leave a call hanging
       String told = "the request has " + size + " bytes, more than maxMessageBytes";
-      end(Failures.from(Status.RESOURCE_EXHAUSTED.withDescription(told), null, request));
+      end(failed(Status.RESOURCE_EXHAUSTED.withDescription(told), new Metadata()));
       return;
     }
     try {
-      call = transport.newCall(method, deadline);
+      call = transport.newCall(rpc, deadline);
       call.start(this, transport.headers());
       call.request(WINDOW - messages.size());
       call.sendMessage(request);
       call.halfClose();
     } catch (RuntimeException broken) { // such as a traceparent function that throws
-      end(Failures.from(Status.UNKNOWN.withDescription("not sent").withCause(broken), null, request));
+      Status status = Status.UNKNOWN.withDescription("not sent").withCause(broken);
+      end(failed(status, new Metadata()));
     }
   }
 
@@ -99,6 +110,7 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
       transport.refund();
     }
     last = message;
+    failures = 0;
     resumeBy = null;
     messages.add(message);
     wake();
@@ -109,19 +121,25 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
     if (ended) {
       return;
     }
-    LowbitException failed = status.isOk() ? null : Failures.from(status, trailers, request);
-    Duration wait = failed == null ? null : last == null ? retry(failed) : resume(failed);
+    LowbitException failed = status.isOk() ? null : failed(status, trailers);
+    Duration wait = failed == null ? null : next(failed);
     if (wait == null) {
       end(failed);
     } else {
-      next = transport.timer.schedule(this::start, wait.toNanos(), TimeUnit.NANOSECONDS);
+      pause = new CompletableFuture<>();
+      pause.thenRun(this::start); // in the JDK's timer, since it does not wait for anything
+      pause.completeOnTimeout(null, wait.toNanos(), TimeUnit.NANOSECONDS);
     }
+  }
+
+  private LowbitException failed(Status status, Metadata trailers) {
+    return Errors.of(new Failure(status, trailers, request));
   }
 
   private void end(LowbitException failed) {
     ended = true;
     failure = failed;
-    transport.remove(this);
+    transport.life.removeListener(closing);
     wake();
   }
 
@@ -130,85 +148,70 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
     ready.run();
   }
 
-  /** Returns the wait before another try of a call without a message; null for none. */
-  private Duration retry(LowbitException failed) {
+  /** Returns the wait before the next try; null when there is to be none. */
+  private Duration next(LowbitException failed) {
+    boolean told = failed.retryAfter().isPresent();
     boolean unavailable = failed.code() == Status.Code.UNAVAILABLE;
-    boolean safe =
-        failed.retryAfter().isPresent() || unavailable && (repeatable || unconnected(failed));
-    Duration wait = wait(failed, tries);
-    if (!safe || tries >= transport.options.maxAttempts || late(wait, deadline) || !transport.spend()) {
-      return null;
+    failures++;
+    Duration wait = backoff(failed);
+    if (last == null) {
+      boolean safe = told || unavailable && (again || unconnected(failed));
+      boolean left = failures < transport.options.maxAttempts && before(deadline, wait);
+      return safe && left && transport.spend() ? wait : null;
     }
-    tries++;
-    return wait;
-  }
-
-  /** Returns the wait before a stream that broke goes on; null when it does not. */
-  private Duration resume(LowbitException failed) {
-    boolean broke =
-        failed.code() == Status.Code.UNAVAILABLE
-            && (failed.reason().isEmpty() || failed.reason().equals("SHUTTING_DOWN"));
-    boolean refused = resumeBy != null && failed.retryAfter().isPresent();
-    if (resume == null || !(broke || refused)) {
+    boolean broke = unavailable && Set.of("", "SHUTTING_DOWN").contains(failed.reason());
+    if (resume == null || !broke && !(told && resumeBy != null)) {
       return null;
     }
     if (resumeBy == null) {
-      resumeBy = after(transport.options.resumeTimeout);
+      resumeBy = in(transport.options.resumeTimeout);
       request = resume.apply(request, last);
-      tries = 0;
     }
-    Duration wait = wait(failed, ++tries);
-    return late(wait, deadline) || late(wait, resumeBy) ? null : wait;
+    return before(deadline, wait) && before(resumeBy, wait) ? wait : null;
   }
 
-  private static boolean late(Duration wait, Deadline deadline) {
-    return deadline != null && deadline.timeRemaining(TimeUnit.NANOSECONDS) <= wait.toNanos();
+  private static boolean before(Deadline limit, Duration wait) {
+    return limit == null || in(wait).isBefore(limit);
   }
 
-  private Duration wait(LowbitException failed, int tries) {
-    ThreadLocalRandom random = ThreadLocalRandom.current();
-    if (failed.retryAfter().isPresent()) { // later, never earlier, and not all clients at once
-      return times(failed.retryAfter().get(), random.nextDouble(1.0, 1.1));
-    }
-    Options options = transport.options;
-    Duration bound = times(options.firstBackoff, Math.scalb(1.0, Math.min(tries - 1, 30)));
-    bound = bound.compareTo(options.maxBackoff) < 0 ? bound : options.maxBackoff;
-    return times(bound, random.nextDouble(0.5, 1.0));
-  }
-
-  private static Duration times(Duration time, double factor) {
-    return Duration.ofNanos((long) (time.toNanos() * factor));
+  private Duration backoff(LowbitException failed) {
+    var random = ThreadLocalRandom.current();
+    double doubled = Math.scalb((double) transport.options.firstBackoff.toNanos(), failures - 1);
+    double own = Math.min(doubled, transport.options.maxBackoff.toNanos());
+    double nanos =
+        failed
+            .retryAfter() // later, never earlier, and not all clients at once
+            .map(told -> told.toNanos() * random.nextDouble(1.0, 1.1))
+            .orElse(own * random.nextDouble(0.5, 1.0));
+    return Duration.ofNanos((long) nanos);
   }
 
   private static boolean unconnected(Throwable failed) {
-    return failed != null
-        && (failed instanceof ConnectException
-            || failed instanceof UnknownHostException
-            || unconnected(failed.getCause()));
+    return failed instanceof ConnectException
+        || failed instanceof UnknownHostException
+        || failed != null && unconnected(failed.getCause());
   }
 
   /** Waits for the next item; returns null at the end. Interrupting the thread cancels the call. */
   synchronized T take() {
-    while (true) {
-      T item = poll();
-      if (item != null || drained) {
-        return item;
-      }
+    T item = poll();
+    while (item == null && !drained) {
       try {
         wait();
       } catch (InterruptedException interrupted) {
         Thread.currentThread().interrupt();
         cancel();
       }
+      item = poll();
     }
+    return item;
   }
 
   /** Returns the next item if there is one; null also at the end, when {@code drained} is true. */
   synchronized T poll() {
     while (!messages.isEmpty()) {
-      R message = messages.remove();
       call.request(1);
-      T item = convert.apply(message);
+      T item = convert.apply(messages.remove());
       if (item != null) {
         return item;
       }
@@ -223,27 +226,17 @@ final class Exchange<Q extends Message, R, T> extends ClientCall.Listener<R> {
     return null;
   }
 
-  synchronized boolean drained() {
-    return drained;
-  }
-
-  /** Calls back whenever there may be something to poll; the callback must not wait. */
-  synchronized void onReady(Runnable callback) {
-    ready = callback;
-  }
-
   /** Cancels the call and drops what was not read; does nothing after the end. */
   synchronized void cancel() {
     if (drained) {
       return;
     }
     messages.clear();
-    end(Failures.cancelled(request));
-    if (next != null) {
-      next.cancel(false);
-    }
+    Status status = Status.CANCELLED.withDescription("the call was cancelled by its caller");
+    end(failed(status, new Metadata()));
+    pause.cancel(false);
     if (call != null) {
-      call.cancel("cancelled by the caller", null);
+      call.cancel(status.getDescription(), null);
     }
   }
 }

@@ -1,11 +1,6 @@
 package io.lowbit;
 
-import io.lowbit.v1.Completed;
-import io.lowbit.v1.Delta;
-import io.lowbit.v1.GenerateResponse;
-import io.lowbit.v1.OutputFinished;
-import io.lowbit.v1.Started;
-import io.lowbit.v1.Token;
+import io.lowbit.v1.*;
 import java.util.Collections;
 import java.util.List;
 import java.util.Map;

@@ -4,10 +4,9 @@ import java.lang.ref.Cleaner;
 import java.lang.ref.Reference;
 import java.util.Iterator;
 import java.util.NoSuchElementException;
+import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.Flow;
 import java.util.concurrent.ForkJoinPool;
-import java.util.concurrent.atomic.AtomicInteger;
-import java.util.concurrent.atomic.AtomicLong;
 import java.util.stream.Stream;
 import java.util.stream.StreamSupport;
 
@@ -82,15 +81,15 @@ public class MessageStream<T>
   public void subscribe(Flow.Subscriber<? super T> subscriber) {
     Feed feed = new Feed(subscriber);
     subscriber.onSubscribe(feed);
-    exchange.onReady(feed::signal);
-    feed.signal();
+    exchange.ready = () -> feed.run(0);
+    feed.run(0);
   }
 
-  /** Hands items on, one thread at a time, as far as the subscriber asks for them. */
-  private final class Feed implements Flow.Subscription, Runnable {
+  /** Hands items on, one run after another, as far as the subscriber asks for them. */
+  private final class Feed implements Flow.Subscription {
     private final Flow.Subscriber<? super T> subscriber;
-    private final AtomicLong demand = new AtomicLong();
-    private final AtomicInteger signals = new AtomicInteger();
+    private CompletableFuture<Void> runs = CompletableFuture.completedFuture(null);
+    private long demand;
     private volatile boolean stopped;
 
     Feed(Flow.Subscriber<? super T> subscriber) {
@@ -99,12 +98,7 @@ public class MessageStream<T>
 
     @Override
     public void request(long items) {
-      if (items < 1) {
-        stop(new IllegalArgumentException("request: at least 1"));
-      } else {
-        demand.accumulateAndGet(items, (a, b) -> a + b < 0 ? Long.MAX_VALUE : a + b);
-        signal();
-      }
+      run(items < 1 ? -1 : items);
     }
 
     @Override
@@ -113,45 +107,32 @@ public class MessageStream<T>
       close();
     }
 
-    void signal() {
-      if (signals.getAndIncrement() == 0) {
-        ForkJoinPool.commonPool().execute(this);
+    synchronized void run(long more) {
+      runs = runs.thenRunAsync(() -> feed(more), ForkJoinPool.commonPool());
+    }
+
+    private void feed(long more) {
+      try {
+        if (more < 0 && !stopped) {
+          throw new IllegalArgumentException("request: at least 1");
+        }
+        demand = demand + more < 0 ? Long.MAX_VALUE : demand + more;
+        while (!stopped) {
+          ahead = ahead == null ? exchange.poll() : ahead;
+          if (ahead == null && exchange.drained) {
+            stopped = true;
+            subscriber.onComplete();
+          }
+          if (ahead == null || demand == 0) {
+            return;
+          }
+          demand--;
+          subscriber.onNext(next());
+        }
+      } catch (RuntimeException failed) {
+        cancel();
+        subscriber.onError(failed);
       }
-    }
-
-    @Override
-    public void run() {
-      int seen = signals.get();
-      do {
-        try {
-          feed();
-        } catch (RuntimeException failed) {
-          stop(failed);
-        }
-        seen = signals.addAndGet(-seen);
-      } while (seen != 0);
-    }
-
-    private void feed() {
-      while (!stopped) {
-        if (ahead == null) {
-          ahead = exchange.poll();
-        }
-        if (ahead == null && exchange.drained()) {
-          stopped = true;
-          subscriber.onComplete();
-        }
-        if (ahead == null || demand.get() == 0) {
-          return;
-        }
-        demand.updateAndGet(left -> left == Long.MAX_VALUE ? left : left - 1);
-        subscriber.onNext(next());
-      }
-    }
-
-    private void stop(RuntimeException failed) {
-      cancel();
-      subscriber.onError(failed);
     }
   }
 }

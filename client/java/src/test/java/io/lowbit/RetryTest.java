@@ -15,7 +15,11 @@ import io.lowbit.v1.GetModelResponse;
 import io.lowbit.v1.ModelServiceGrpc.ModelServiceImplBase;
 import java.io.IOException;
 import java.time.Duration;
+import java.util.concurrent.ExecutionException;
+import java.util.concurrent.ForkJoinPool;
+import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicInteger;
+import java.util.stream.Stream;
 import org.junit.jupiter.api.AfterEach;
 import org.junit.jupiter.api.BeforeEach;
 import org.junit.jupiter.api.Test;
@@ -63,6 +67,21 @@ class RetryTest {
     try (var client = client(quick.maxAttempts(3))) {
       assertThrows(Errors.UnavailableException.class, () -> client.getModel("m"));
       assertEquals(3, tries.get());
+    }
+  }
+
+  @Test
+  void triesNeedNoThreadOfTheCommonPool() {
+    var pool = ForkJoinPool.commonPool();
+    try (var client = client(quick.maxAttempts(3))) {
+      var calls =
+          Stream.generate(() -> pool.submit(() -> client.getModel("m")))
+              .limit(pool.getParallelism())
+              .toList();
+      for (var call : calls) {
+        assertThrows(ExecutionException.class, () -> call.get(10, TimeUnit.SECONDS));
+      }
+      assertEquals(3 * calls.size(), tries.get());
     }
   }
 
