@@ -1,6 +1,12 @@
 # The Rust SDK's part of the Makefile.
 
-.PHONY: client-rust
+.PHONY: client-rust generate-rust checkgenerate-rust
+
+generate-rust: $(READY)
+	$(BIN)/python client/generate.py rust client/rust/src/generated
+
+checkgenerate-rust: $(READY)
+	$(BIN)/python client/generate.py rust client/rust/src/generated --check
 
 ifeq ($(shell command -v cargo),)
 client-rust:
@@ -13,4 +19,6 @@ client-rust: $(READY) ## Check, build and test the Rust SDK
 		cargo test -q --workspace --manifest-path client/rust/Cargo.toml
 endif
 
+generate: generate-rust
+checkgenerate: checkgenerate-rust
 test: client-rust

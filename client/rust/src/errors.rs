@@ -10,105 +10,10 @@ use crate::{
     v1::{ErrorReason, Job},
 };
 
-pub use crate::status::bad_request::FieldViolation;
+pub use crate::{generated::kinds::Kind, status::bad_request::FieldViolation};
 
 /// What a verb or a stream gives, or how it failed.
 pub type Result<T> = std::result::Result<T, Error>;
-
-macro_rules! kinds {
-    ($($(#[$doc:meta])* $kind:ident $(< $parent:ident)? : [$($reason:literal)*] [$($code:ident)*],)*) => {
-        /// What a caller can tell errors apart by; the contract's class without `Error`.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        #[non_exhaustive]
-        pub enum Kind { $($(#[$doc])* $kind,)* }
-
-        impl Kind {
-            /// The wider kind that this one belongs to.
-            pub fn parent(self) -> Option<Kind> {
-                match self {
-                    $($(Kind::$kind => Some(Kind::$parent),)?)*
-                    _ => None,
-                }
-            }
-
-            fn of(reason: &str, code: Code) -> Kind {
-                match (reason, code) {
-                    $($(($reason, _) => Kind::$kind,)*)*
-                    $($((_, Code::$code) => Kind::$kind,)*)*
-                    _ => Kind::Other,
-                }
-            }
-        }
-    };
-}
-
-// A reason's row comes before that of any code.
-kinds! {
-    /// The request is wrong and stays wrong however often it is sent.
-    InvalidArgument: [] [InvalidArgument OutOfRange],
-    /// The prompt has more tokens than the model's context.
-    ContextLength < InvalidArgument: ["CONTEXT_LENGTH_EXCEEDED"] [],
-    /// What was to be imported is unsafe, damaged or of an unknown format.
-    SourceRejected < InvalidArgument: ["SOURCE_UNSUPPORTED" "SOURCE_CORRUPT"] [],
-    /// There is no such model, job, device or source.
-    NotFound: [] [NotFound],
-    /// No model or alias has this name.
-    ModelNotFound < NotFound: ["MODEL_NOT_FOUND"] [],
-    /// No job has this id.
-    JobNotFound < NotFound: ["JOB_NOT_FOUND"] [],
-    /// The name or the request id is taken.
-    AlreadyExists: [] [AlreadyExists],
-    /// The caller may not do this, or the path is outside the import roots.
-    PermissionDenied: [] [PermissionDenied],
-    /// The server does not know who calls.
-    Unauthenticated: [] [Unauthenticated],
-    /// The server's state does not allow this now.
-    FailedPrecondition: [] [FailedPrecondition],
-    /// The model is in the store but not loaded.
-    ModelNotLoaded < FailedPrecondition: ["MODEL_NOT_LOADED"] [],
-    /// The model is loaded, or a job reads it.
-    ModelInUse < FailedPrecondition: ["MODEL_IN_USE"] [],
-    /// A worker could not make the model live; the message says why.
-    LoadFailed < FailedPrecondition: ["LOAD_FAILED"] [],
-    /// A job's checkpoint was made from other inputs; the message names what differs.
-    CheckpointMismatch < FailedPrecondition: ["CHECKPOINT_MISMATCH"] [],
-    /// The job has not ended, ended well or would fail again.
-    JobNotResumable < FailedPrecondition: ["JOB_NOT_RESUMABLE"] [],
-    /// The scheme cannot be used on this server; the message says what to install.
-    SchemeUnavailable < FailedPrecondition: ["SCHEME_UNAVAILABLE"] [],
-    /// Measured quality is outside the allowed values.
-    QualityGate < FailedPrecondition: ["QUALITY_GATE_FAILED"] [],
-    /// Memory, disk, a queue or a size limit is used up.
-    ResourceExhausted: [] [ResourceExhausted],
-    /// The admission queue is full; `retry_after` says when to ask again.
-    QueueFull < ResourceExhausted: ["QUEUE_FULL"] [],
-    /// The stream was not read fast enough and was ended.
-    ClientStalled < ResourceExhausted: ["CLIENT_STALLED"] [],
-    /// The model does not fit; `metadata` has needed and free bytes per device.
-    InsufficientMemory < ResourceExhausted: ["INSUFFICIENT_DEVICE_MEMORY"] [],
-    /// The server cannot be reached, or does not take calls now.
-    Unavailable: [] [Unavailable],
-    /// The model is being loaded; `retry_after` says when to ask again.
-    ModelLoading < Unavailable: ["MODEL_LOADING"] [],
-    /// The worker process died. Text that arrived before stays on the stream.
-    WorkerLost: ["WORKER_LOST"] [],
-    /// The call was cancelled, here or on the server.
-    Cancelled: [] [Cancelled],
-    /// The call took longer than its timeout.
-    DeadlineExceeded: [] [DeadlineExceeded],
-    /// The API defines this; this server does not offer it.
-    NotImplementedByServer: [] [Unimplemented],
-    /// Stored data is damaged: a file's digest differs from its manifest.
-    DataLoss: [] [DataLoss],
-    /// A fault of the server; its log has the cause under `request_id`.
-    Internal: [] [Internal],
-    /// A job that was waited for did not succeed; `job` is its last state.
-    JobFailed: [] [],
-    /// The options of a client make no sense; nothing was sent.
-    InvalidOptions: [] [],
-    /// Anything else.
-    Other: [] [],
-}
 
 /// Why a call failed. Printed it is one line, which never holds text of prompts.
 #[derive(Clone, Debug)]

@@ -4,6 +4,11 @@
 mod calls;
 mod client;
 mod errors;
+mod generated {
+    pub(crate) mod kinds;
+    pub(crate) mod options;
+    mod requests;
+}
 mod options;
 mod receiver;
 mod requests;

@@ -1,11 +1,13 @@
 //! What a client may be told about its connection: limits, timeouts and retries.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc};
 
 use tonic::{
     metadata::{Ascii, MetadataValue},
     transport::Endpoint,
 };
+
+pub use crate::generated::options::Options;
 
 use crate::errors::{Error, Result};
 
@@ -15,40 +17,6 @@ const USER_AGENT: &str = concat!("lowbit-rust/", env!("CARGO_PKG_VERSION"));
 
 /// Gives the W3C `traceparent` of the work that a call is part of.
 pub type Traceparent = Arc<dyn Fn() -> Option<String> + Send + Sync>;
-
-/// Options of one client.
-#[derive(Clone)]
-pub struct Options {
-    /// Deadline of a call with one answer, over all tries.
-    pub call_timeout: Duration,
-    /// The same for `verify_model` and `score`, which read whole models or texts.
-    pub slow_call_timeout: Duration,
-    /// Deadline of `generate` and `load`; without one they take as long as they need.
-    pub stream_timeout: Option<Duration>,
-    /// How long `watch_job` and `load` try to get back to a server.
-    pub resume_timeout: Duration,
-    /// Largest message that is sent or accepted, bytes.
-    pub max_message_bytes: usize,
-    /// Time between pings of an open connection; the server allows one every 10 s.
-    pub keepalive_interval: Duration,
-    /// A connection whose ping is not answered in this time is given up.
-    pub keepalive_timeout: Duration,
-    /// Tries of one call in all; 1 switches retries off.
-    pub max_attempts: u32,
-    /// Wait before the second try where the server names none; doubles each time.
-    pub first_backoff: Duration,
-    /// Longest wait between two tries where the server names none.
-    pub max_backoff: Duration,
-    /// Retries in a row over all calls; each call that succeeds gives back a tenth.
-    pub retry_budget: u32,
-    /// Encrypts the connection.
-    #[cfg(feature = "tls")]
-    pub tls: Option<Tls>,
-    /// Bearer token, with the characters of RFC 6750; without TLS only for a server on this machine.
-    pub token: Option<String>,
-    /// Called for each try.
-    pub traceparent: Option<Traceparent>,
-}
 
 /// How the server proves who it is, and how the client does. PEM texts.
 #[cfg(feature = "tls")]
@@ -64,28 +32,6 @@ pub struct Tls {
     pub server_name: Option<String>,
 }
 
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            call_timeout: Duration::from_secs(30),
-            slow_call_timeout: Duration::from_secs(600),
-            stream_timeout: None,
-            resume_timeout: Duration::from_secs(60),
-            max_message_bytes: 64 << 20,
-            keepalive_interval: Duration::from_secs(30),
-            keepalive_timeout: Duration::from_secs(10),
-            max_attempts: 4,
-            first_backoff: Duration::from_millis(100),
-            max_backoff: Duration::from_secs(2),
-            retry_budget: 20,
-            #[cfg(feature = "tls")]
-            tls: None,
-            token: None,
-            traceparent: None,
-        }
-    }
-}
-
 impl fmt::Debug for Options {
     /// Tells nothing secret.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -99,26 +45,7 @@ impl Options {
         &self,
         address: &str,
     ) -> Result<(Endpoint, Option<MetadataValue<Ascii>>)> {
-        for (name, time) in [
-            ("call_timeout", Some(self.call_timeout)),
-            ("slow_call_timeout", Some(self.slow_call_timeout)),
-            ("stream_timeout", self.stream_timeout),
-            ("resume_timeout", Some(self.resume_timeout)),
-            ("keepalive_interval", Some(self.keepalive_interval)),
-            ("keepalive_timeout", Some(self.keepalive_timeout)),
-            ("first_backoff", Some(self.first_backoff)),
-            ("max_backoff", Some(self.max_backoff)),
-        ] {
-            if time.is_some_and(|time| time.is_zero()) {
-                return Err(Error::options(format!("{name} must be above 0")));
-            }
-        }
-        if self.max_message_bytes < 1 {
-            return Err(Error::options("max_message_bytes must be at least 1"));
-        }
-        if self.max_attempts < 1 {
-            return Err(Error::options("max_attempts must be at least 1"));
-        }
+        self.check()?;
         #[cfg(feature = "tls")]
         let encrypted = self.tls.is_some();
         #[cfg(not(feature = "tls"))]

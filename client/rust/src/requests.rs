@@ -1,29 +1,6 @@
-//! Short forms of requests, for the common case.
+//! Short forms of requests with more than a name, for the common case.
 
 use crate::v1::*;
-
-/// Requests that need one name.
-macro_rules! named {
-    ($($request:ident.$field:ident)*) => { $(
-        impl From<&str> for $request {
-            fn from(name: &str) -> Self {
-                name.to_owned().into()
-            }
-        }
-        impl From<String> for $request {
-            #[allow(clippy::needless_update)] // some have no other field
-            fn from($field: String) -> Self {
-                Self { $field, ..Self::default() }
-            }
-        }
-    )* };
-}
-
-named! {
-    GetModelRequest.model DeleteModelRequest.model VerifyModelRequest.model EstimateLoadRequest.model
-    LoadRequest.model UnloadRequest.model WatchModelRequest.model EvaluateRequest.model
-    GetJobRequest.id CancelJobRequest.id ResumeJobRequest.id DeleteJobRequest.id WatchJobRequest.id
-}
 
 /// Requests with a model and a text or a chat.
 macro_rules! prompted {
@@ -70,12 +47,5 @@ impl From<(&str, &str, scheme::Kind)> for QuantizeRequest {
     fn from((source, target, kind): (&str, &str, scheme::Kind)) -> Self {
         let scheme = Some(Scheme { kind: Some(kind) });
         Self { source: source.into(), target: target.into(), scheme, ..Self::default() }
-    }
-}
-
-impl From<(&str, &str)> for SetAliasRequest {
-    /// The alias and its model.
-    fn from((alias, model): (&str, &str)) -> Self {
-        Self { alias: alias.into(), model: model.into() }
     }
 }
