@@ -27,7 +27,7 @@ mod status {
 }
 
 /// The `google.protobuf.FileDescriptorSet` of the messages, for reflection and JSON.
-pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.binpb"));
+pub const DESCRIPTORS: &[u8] = include_bytes!("generated/descriptors.binpb");
 
 pub use client::Client;
 pub use errors::{Error, Failure, FieldViolation, Kind, Result};
