@@ -1,6 +1,12 @@
-//! Turns the status of a failed call into an [`Error`]; one table.
+//! Turns the status of a failed call into an [`Error`].
 
-use std::{collections::HashMap, error, fmt, ops::Deref, time::Duration};
+use std::{
+    collections::HashMap,
+    error::{self, Error as _},
+    fmt, iter,
+    ops::Deref,
+    time::Duration,
+};
 
 use prost::{Message, Name};
 use tonic::{Code, Status};
@@ -50,31 +56,14 @@ impl Error {
         self.kind == kind || self.kind.parent() == Some(kind)
     }
 
-    pub(crate) fn new(kind: Kind, code: Code, message: impl Into<String>) -> Self {
-        Self(Box::new(Failure {
-            kind,
-            code,
-            reason: String::new(),
-            message: message.into(),
-            metadata: HashMap::new(),
-            violations: Vec::new(),
-            retry_after: None,
-            request_id: String::new(),
-            job: None,
-            not_connected: false,
-        }))
+    fn new(kind: Kind, code: Code, message: impl Into<String>) -> Self {
+        let mut error = Self::from(Status::new(code, message));
+        error.0.kind = kind;
+        error
     }
 
     pub(crate) fn options(message: impl Into<String>) -> Self {
         Self::new(Kind::InvalidOptions, Code::InvalidArgument, message)
-    }
-
-    pub(crate) fn cancelled() -> Self {
-        Self::new(Kind::Cancelled, Code::Cancelled, "cancelled by the caller")
-    }
-
-    pub(crate) fn deadline() -> Self {
-        Self::new(Kind::DeadlineExceeded, Code::DeadlineExceeded, "the call ran out of time")
     }
 
     pub(crate) fn job(job: Job) -> Self {
@@ -82,14 +71,13 @@ impl Error {
         let state = state.as_str_name().trim_start_matches("JOB_STATE_");
         let mut message = format!("job {} {}", job.id, state.to_lowercase());
         if !told.message.is_empty() {
-            message = format!("{message}: {}", told.message);
+            message += &format!(": {}", told.message);
         }
-        let mut error = Self::new(Kind::JobFailed, Code::Aborted, message);
+        let mut error = Self::new(Kind::JobFailed, Code::Aborted, message).named(&job.request_id);
         error.0.reason = match told.reason() {
             ErrorReason::Unspecified => state.to_owned(),
             reason => reason.as_str_name().trim_start_matches("ERROR_REASON_").to_owned(),
         };
-        error.0.request_id = job.request_id.clone();
         error.0.job = Some(job);
         error
     }
@@ -112,27 +100,30 @@ impl From<Status> for Error {
     fn from(status: Status) -> Self {
         let told = status::Status::decode(status.details()).unwrap_or_default();
         let info: status::ErrorInfo = detail(&told).unwrap_or_default();
-        let retry: Option<status::RetryInfo> = detail(&told);
-        let bad: Option<status::BadRequest> = detail(&told);
-        let not_connected = caused_by::<tonic::ConnectError>(&status);
+        let bad: status::BadRequest = detail(&told).unwrap_or_default();
+        let retry: status::RetryInfo = detail(&told).unwrap_or_default();
         // A status with a source was made here, of an error of the connection.
         let code = if status.message().contains("message length too large") {
             Code::ResourceExhausted
-        } else if caused_by::<tonic::TimeoutExpired>(&status) {
+        } else if is_caused_by::<tonic::TimeoutExpired>(&status) {
             Code::DeadlineExceeded
-        } else if error::Error::source(&status).is_some() {
+        } else if status.source().is_some() {
             Code::Unavailable
         } else {
             status.code()
         };
-        let mut error = Self::new(Kind::of(&info.reason, code), code, status.message());
-        error.0.request_id = info.metadata.get("request_id").cloned().unwrap_or_default();
-        error.0.reason = info.reason;
-        error.0.metadata = info.metadata;
-        error.0.violations = bad.map(|bad| bad.field_violations).unwrap_or_default();
-        error.0.retry_after = retry.and_then(|info| info.retry_delay?.try_into().ok());
-        error.0.not_connected = not_connected;
-        error
+        Self(Box::new(Failure {
+            kind: Kind::of(&info.reason, code),
+            code,
+            reason: info.reason,
+            message: status.message().to_owned(),
+            violations: bad.field_violations,
+            retry_after: retry.retry_delay.and_then(|delay| delay.try_into().ok()),
+            request_id: info.metadata.get("request_id").cloned().unwrap_or_default(),
+            metadata: info.metadata,
+            job: None,
+            not_connected: is_caused_by::<tonic::ConnectError>(&status),
+        }))
     }
 }
 
@@ -142,15 +133,8 @@ fn detail<T: Message + Name + Default>(status: &status::Status) -> Option<T> {
     T::decode(&*status.details.iter().find(is)?.value).ok()
 }
 
-fn caused_by<E: error::Error + 'static>(status: &Status) -> bool {
-    let mut source = error::Error::source(status);
-    while let Some(error) = source {
-        if error.is::<E>() {
-            return true;
-        }
-        source = error.source();
-    }
-    false
+fn is_caused_by<E: error::Error + 'static>(status: &Status) -> bool {
+    iter::successors(status.source(), |&error| error.source()).any(|error| error.is::<E>())
 }
 
 impl Deref for Error {

@@ -8,11 +8,10 @@ mod generated {
     pub(crate) mod kinds;
     pub(crate) mod options;
     mod requests;
+    mod verbs;
 }
 mod options;
-mod receiver;
 mod requests;
-mod retry;
 mod stream;
 
 /// Messages and stubs of the API; their comments are its reference.

@@ -11,8 +11,6 @@ pub use crate::generated::options::Options;
 
 use crate::errors::{Error, Result};
 
-/// Where a server on this machine listens.
-pub(crate) const DEFAULT_ADDRESS: &str = "127.0.0.1:50151";
 const USER_AGENT: &str = concat!("lowbit-rust/", env!("CARGO_PKG_VERSION"));
 
 /// Gives the W3C `traceparent` of the work that a call is part of.
@@ -40,11 +38,8 @@ impl fmt::Debug for Options {
 }
 
 impl Options {
-    /// Checks the values; gives the connection's settings and the authorization to send.
-    pub(crate) fn endpoint(
-        &self,
-        address: &str,
-    ) -> Result<(Endpoint, Option<MetadataValue<Ascii>>)> {
+    /// Checks the values; gives the connection's settings.
+    pub(crate) fn endpoint(&self, address: &str) -> Result<Endpoint> {
         self.check()?;
         #[cfg(feature = "tls")]
         let encrypted = self.tls.is_some();
@@ -54,39 +49,38 @@ impl Options {
         if self.token.is_some() && !encrypted && !loopback.iter().any(|l| address.starts_with(l)) {
             return Err(Error::options("token needs tls, except on loopback"));
         }
-        let header = self.token.as_ref().map(|token| authorization(token)).transpose()?;
-        let url = match (address.starts_with("unix:"), encrypted) {
-            (true, _) => address.to_owned(),
-            (false, true) => format!("https://{address}"),
-            (false, false) => format!("http://{address}"),
+        let scheme = if encrypted { "https" } else { "http" };
+        let url = match address.starts_with("unix:") {
+            true => address.to_owned(),
+            false => format!("{scheme}://{address}"),
         };
         let wrong = |error: tonic::transport::Error| {
             let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
             Error::options(format!("{error}{}", cause.unwrap_or_default()))
         };
-        let endpoint = Endpoint::from_shared(url).map_err(wrong)?;
-        let endpoint = endpoint
-            .user_agent(USER_AGENT)
+        let endpoint = Endpoint::from_shared(url)
+            .and_then(|endpoint| endpoint.user_agent(USER_AGENT))
             .map_err(wrong)?
             .http2_keep_alive_interval(self.keepalive_interval)
             .keep_alive_timeout(self.keepalive_timeout)
             .keep_alive_while_idle(true);
         #[cfg(feature = "tls")]
         if let Some(tls) = &self.tls {
-            return Ok((endpoint.tls_config(tls.config()?).map_err(wrong)?, header));
+            return endpoint.tls_config(tls.config()?).map_err(wrong);
         }
-        Ok((endpoint, header))
+        Ok(endpoint)
     }
-}
 
-/// Checks a bearer token's syntax: RFC 6750, section 2.1.
-fn authorization(token: &str) -> Result<MetadataValue<Ascii>> {
-    let text = token.trim_end_matches('=');
-    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~+/".contains(&byte);
-    let header = format!("Bearer {token}").parse().ok();
-    header
-        .filter(|_| !text.is_empty() && text.bytes().all(fits))
-        .ok_or_else(|| Error::options("token has other characters than RFC 6750 allows, or none"))
+    /// The header of the token, whose syntax is that of RFC 6750, section 2.1.
+    pub(crate) fn authorization(&self) -> Result<Option<MetadataValue<Ascii>>> {
+        let Some(token) = &self.token else { return Ok(None) };
+        let text = token.trim_end_matches('=');
+        let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~+/".contains(&byte);
+        match format!("Bearer {token}").parse() {
+            Ok(header) if !text.is_empty() && text.bytes().all(fits) => Ok(Some(header)),
+            _ => Err(Error::options("token has other characters than RFC 6750 allows, or none")),
+        }
+    }
 }
 
 #[cfg(feature = "tls")]

@@ -2,36 +2,44 @@
 
 use crate::v1::*;
 
+impl From<&[(Role, &str)]> for Chat {
+    fn from(messages: &[(Role, &str)]) -> Self {
+        let message = |&(role, content): &(Role, &str)| ChatMessage {
+            role: role.into(),
+            content: content.into(),
+        };
+        Self { messages: messages.iter().map(message).collect(), ..Self::default() }
+    }
+}
+
+impl<const N: usize> From<[(Role, &str); N]> for Chat {
+    fn from(messages: [(Role, &str); N]) -> Self {
+        messages.as_slice().into()
+    }
+}
+
 /// Requests with a model and a text or a chat.
 macro_rules! prompted {
-    ($($request:ident $input:path;)*) => { $(
+    ($($request:ident $module:ident;)*) => { $(
         impl From<(&str, &str)> for $request {
             fn from((model, text): (&str, &str)) -> Self {
-                use $input as Input;
-                let (model, input) = (model.into(), Some(Input::Text(text.into())));
-                Self { model, input, ..Self::default() }
+                let input = Some($module::Input::Text(text.into()));
+                Self { model: model.into(), input, ..Self::default() }
             }
         }
-        impl From<(&str, &[(Role, &str)])> for $request {
-            fn from((model, messages): (&str, &[(Role, &str)])) -> Self {
-                use $input as Input;
-                let message = |&(role, content): &(Role, &str)| ChatMessage { role: role.into(), content: content.into() };
-                let messages = messages.iter().map(message).collect();
-                let chat = Chat { messages, ..Chat::default() };
-                Self { model: model.into(), input: Some(Input::Chat(chat)), ..Self::default() }
-            }
-        }
-        impl<const N: usize> From<(&str, [(Role, &str); N])> for $request {
-            fn from((model, messages): (&str, [(Role, &str); N])) -> Self {
-                (model, messages.as_slice()).into()
+
+        impl<C: Into<Chat>> From<(&str, C)> for $request {
+            fn from((model, chat): (&str, C)) -> Self {
+                let input = Some($module::Input::Chat(chat.into()));
+                Self { model: model.into(), input, ..Self::default() }
             }
         }
     )* };
 }
 
 prompted! {
-    GenerateRequest generate_request::Input;
-    TokenizeRequest tokenize_request::Input;
+    GenerateRequest generate_request;
+    TokenizeRequest tokenize_request;
 }
 
 impl From<(&str, &str)> for ImportModelRequest {
