@@ -41,35 +41,6 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    /// Makes one try of a call.
-    async fn send<M: Message + Clone + 'static, R: Message + Default + 'static>(
-        &self,
-        path: &'static str,
-        message: &M,
-        deadline: Option<Instant>,
-    ) -> Result<Streaming<R>> {
-        let (bytes, most) = (message.encoded_len(), self.options.max_message_bytes);
-        if bytes > most {
-            let told = format!("the request has {bytes} bytes, max_message_bytes is {most}");
-            return Err(Status::resource_exhausted(told).into());
-        }
-        let mut request = Request::new(message.clone());
-        if let Some(deadline) = deadline {
-            request.set_timeout(deadline - Instant::now());
-        }
-        if let Some(authorization) = &self.authorization {
-            request.metadata_mut().insert("authorization", authorization.clone());
-        }
-        let trace = self.options.traceparent.as_ref().and_then(|make| make()?.parse().ok());
-        if let Some(trace) = trace {
-            request.metadata_mut().insert("traceparent", trace);
-        }
-        let mut grpc = self.grpc.clone();
-        grpc.ready().await.map_err(|error| Status::from_error(error.into()))?;
-        let path = PathAndQuery::from_static(path);
-        Ok(grpc.server_streaming(request, path, ProstCodec::default()).await?.into_inner())
-    }
-
     /// Takes a retry from the budget; tells whether there was one.
     fn spend(&self) -> bool {
         let all = u64::from(self.options.retry_budget) * 10;
@@ -130,11 +101,11 @@ impl<M: Message + Clone + 'static, R: Message + Default + 'static> Call<M, R> {
     async fn attempt(&mut self) -> Result<Option<R>> {
         let (limit, deadline) = (self.limit(), self.deadline);
         let attempt = async {
-            let stream = match &mut self.stream {
+            let stream = match self.stream.take() {
                 Some(stream) => stream,
-                none => none.insert(self.core.send(self.path, &self.request, deadline).await?),
+                None => self.send().await?,
             };
-            Ok(stream.message().await?)
+            Ok(self.stream.insert(stream).message().await?)
         };
         let Some(limit) = limit else { return attempt.await };
         timeout_at(limit, attempt).await.unwrap_or_else(|_| match deadline {
@@ -143,6 +114,30 @@ impl<M: Message + Clone + 'static, R: Message + Default + 'static> Call<M, R> {
             }
             _ => Err(Status::unavailable("the server did not come back").into()),
         })
+    }
+
+    /// Makes one try.
+    async fn send(&self) -> Result<Streaming<R>> {
+        let Core { options, grpc, authorization, .. } = &*self.core;
+        let (bytes, most) = (self.request.encoded_len(), options.max_message_bytes);
+        if bytes > most {
+            let told = format!("the request has {bytes} bytes, max_message_bytes is {most}");
+            return Err(Status::resource_exhausted(told).into());
+        }
+        let mut request = Request::new(self.request.clone());
+        if let Some(deadline) = self.deadline {
+            request.set_timeout(deadline - Instant::now());
+        }
+        let trace = options.traceparent.as_ref().and_then(|make| make()?.parse().ok());
+        for (name, value) in [("authorization", authorization.clone()), ("traceparent", trace)] {
+            if let Some(value) = value {
+                request.metadata_mut().insert(name, value);
+            }
+        }
+        let mut grpc = grpc.clone();
+        grpc.ready().await.map_err(|error| Status::from_error(error.into()))?;
+        let path = PathAndQuery::from_static(self.path);
+        Ok(grpc.server_streaming(request, path, ProstCodec::default()).await?.into_inner())
     }
 
     /// The wait before the next try; nothing when there is to be none.

@@ -50,9 +50,10 @@ impl Options {
             return Err(Error::options("token needs tls, except on loopback"));
         }
         let scheme = if encrypted { "https" } else { "http" };
-        let url = match address.starts_with("unix:") {
-            true => address.to_owned(),
-            false => format!("{scheme}://{address}"),
+        let url = if address.starts_with("unix:") {
+            address.to_owned()
+        } else {
+            format!("{scheme}://{address}")
         };
         let wrong = |error: tonic::transport::Error| {
             let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
@@ -87,18 +88,19 @@ impl Options {
 impl Tls {
     fn config(&self) -> Result<tonic::transport::ClientTlsConfig> {
         use tonic::transport::{Certificate, ClientTlsConfig, Identity};
-        let mut config = match &self.ca {
-            Some(ca) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca)),
-            None => ClientTlsConfig::new().with_native_roots(),
+        let config = ClientTlsConfig::new();
+        let config = match &self.ca {
+            Some(ca) => config.ca_certificate(Certificate::from_pem(ca)),
+            None => config.with_native_roots(),
         };
-        config = match (&self.certificate, &self.key) {
-            (Some(certificate), Some(key)) => config.identity(Identity::from_pem(certificate, key)),
-            (None, None) => config,
-            _ => return Err(Error::options("tls needs both certificate and key, or none")),
-        };
-        Ok(match &self.server_name {
+        let config = match &self.server_name {
             Some(name) => config.domain_name(name),
             None => config,
-        })
+        };
+        match (&self.certificate, &self.key) {
+            (Some(cert), Some(key)) => Ok(config.identity(Identity::from_pem(cert, key))),
+            (None, None) => Ok(config),
+            _ => Err(Error::options("tls needs both certificate and key, or none")),
+        }
     }
 }
