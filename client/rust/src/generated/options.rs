@@ -39,7 +39,8 @@ pub struct Options {
     /// Encrypts the connection.
     #[cfg(feature = "tls")]
     pub tls: Option<Tls>,
-    /// Bearer token, with the characters of RFC 6750; without TLS only for a server on this machine.
+    /// Bearer token, with the characters of RFC 6750; without TLS only for a server on this
+    /// machine.
     pub token: Option<String>,
     /// Called for each try.
     pub traceparent: Option<Traceparent>,
