@@ -1,6 +1,12 @@
-//! Turns the status of a failed call into an [`Error`]; one table.
+//! Turns the status of a failed call into an [`Error`].
 
-use std::{collections::HashMap, error, fmt, ops::Deref, time::Duration};
+use std::{
+    collections::HashMap,
+    error::{self, Error as _},
+    fmt, iter,
+    ops::Deref,
+    time::Duration,
+};
 
 use prost::{Message, Name};
 use tonic::{Code, Status};
@@ -10,105 +16,10 @@ use crate::{
     v1::{ErrorReason, Job},
 };
 
-pub use crate::status::bad_request::FieldViolation;
+pub use crate::{generated::kinds::Kind, status::bad_request::FieldViolation};
 
 /// What a verb or a stream gives, or how it failed.
 pub type Result<T> = std::result::Result<T, Error>;
-
-macro_rules! kinds {
-    ($($(#[$doc:meta])* $kind:ident $(< $parent:ident)? : [$($reason:literal)*] [$($code:ident)*],)*) => {
-        /// What a caller can tell errors apart by; the contract's class without `Error`.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        #[non_exhaustive]
-        pub enum Kind { $($(#[$doc])* $kind,)* }
-
-        impl Kind {
-            /// The wider kind that this one belongs to.
-            pub fn parent(self) -> Option<Kind> {
-                match self {
-                    $($(Kind::$kind => Some(Kind::$parent),)?)*
-                    _ => None,
-                }
-            }
-
-            fn of(reason: &str, code: Code) -> Kind {
-                match (reason, code) {
-                    $($(($reason, _) => Kind::$kind,)*)*
-                    $($((_, Code::$code) => Kind::$kind,)*)*
-                    _ => Kind::Other,
-                }
-            }
-        }
-    };
-}
-
-// A reason's row comes before that of any code.
-kinds! {
-    /// The request is wrong and stays wrong however often it is sent.
-    InvalidArgument: [] [InvalidArgument OutOfRange],
-    /// The prompt has more tokens than the model's context.
-    ContextLength < InvalidArgument: ["CONTEXT_LENGTH_EXCEEDED"] [],
-    /// What was to be imported is unsafe, damaged or of an unknown format.
-    SourceRejected < InvalidArgument: ["SOURCE_UNSUPPORTED" "SOURCE_CORRUPT"] [],
-    /// There is no such model, job, device or source.
-    NotFound: [] [NotFound],
-    /// No model or alias has this name.
-    ModelNotFound < NotFound: ["MODEL_NOT_FOUND"] [],
-    /// No job has this id.
-    JobNotFound < NotFound: ["JOB_NOT_FOUND"] [],
-    /// The name or the request id is taken.
-    AlreadyExists: [] [AlreadyExists],
-    /// The caller may not do this, or the path is outside the import roots.
-    PermissionDenied: [] [PermissionDenied],
-    /// The server does not know who calls.
-    Unauthenticated: [] [Unauthenticated],
-    /// The server's state does not allow this now.
-    FailedPrecondition: [] [FailedPrecondition],
-    /// The model is in the store but not loaded.
-    ModelNotLoaded < FailedPrecondition: ["MODEL_NOT_LOADED"] [],
-    /// The model is loaded, or a job reads it.
-    ModelInUse < FailedPrecondition: ["MODEL_IN_USE"] [],
-    /// A worker could not make the model live; the message says why.
-    LoadFailed < FailedPrecondition: ["LOAD_FAILED"] [],
-    /// A job's checkpoint was made from other inputs; the message names what differs.
-    CheckpointMismatch < FailedPrecondition: ["CHECKPOINT_MISMATCH"] [],
-    /// The job has not ended, ended well or would fail again.
-    JobNotResumable < FailedPrecondition: ["JOB_NOT_RESUMABLE"] [],
-    /// The scheme cannot be used on this server; the message says what to install.
-    SchemeUnavailable < FailedPrecondition: ["SCHEME_UNAVAILABLE"] [],
-    /// Measured quality is outside the allowed values.
-    QualityGate < FailedPrecondition: ["QUALITY_GATE_FAILED"] [],
-    /// Memory, disk, a queue or a size limit is used up.
-    ResourceExhausted: [] [ResourceExhausted],
-    /// The admission queue is full; `retry_after` says when to ask again.
-    QueueFull < ResourceExhausted: ["QUEUE_FULL"] [],
-    /// The stream was not read fast enough and was ended.
-    ClientStalled < ResourceExhausted: ["CLIENT_STALLED"] [],
-    /// The model does not fit; `metadata` has needed and free bytes per device.
-    InsufficientMemory < ResourceExhausted: ["INSUFFICIENT_DEVICE_MEMORY"] [],
-    /// The server cannot be reached, or does not take calls now.
-    Unavailable: [] [Unavailable],
-    /// The model is being loaded; `retry_after` says when to ask again.
-    ModelLoading < Unavailable: ["MODEL_LOADING"] [],
-    /// The worker process died. Text that arrived before stays on the stream.
-    WorkerLost: ["WORKER_LOST"] [],
-    /// The call was cancelled, here or on the server.
-    Cancelled: [] [Cancelled],
-    /// The call took longer than its timeout.
-    DeadlineExceeded: [] [DeadlineExceeded],
-    /// The API defines this; this server does not offer it.
-    NotImplementedByServer: [] [Unimplemented],
-    /// Stored data is damaged: a file's digest differs from its manifest.
-    DataLoss: [] [DataLoss],
-    /// A fault of the server; its log has the cause under `request_id`.
-    Internal: [] [Internal],
-    /// A job that was waited for did not succeed; `job` is its last state.
-    JobFailed: [] [],
-    /// The options of a client make no sense; nothing was sent.
-    InvalidOptions: [] [],
-    /// Anything else.
-    Other: [] [],
-}
 
 /// Why a call failed. Printed it is one line, which never holds text of prompts.
 #[derive(Clone, Debug)]
@@ -145,31 +56,14 @@ impl Error {
         self.kind == kind || self.kind.parent() == Some(kind)
     }
 
-    pub(crate) fn new(kind: Kind, code: Code, message: impl Into<String>) -> Self {
-        Self(Box::new(Failure {
-            kind,
-            code,
-            reason: String::new(),
-            message: message.into(),
-            metadata: HashMap::new(),
-            violations: Vec::new(),
-            retry_after: None,
-            request_id: String::new(),
-            job: None,
-            not_connected: false,
-        }))
+    fn new(kind: Kind, code: Code, message: impl Into<String>) -> Self {
+        let mut error = Self::from(Status::new(code, message));
+        error.0.kind = kind;
+        error
     }
 
     pub(crate) fn options(message: impl Into<String>) -> Self {
         Self::new(Kind::InvalidOptions, Code::InvalidArgument, message)
-    }
-
-    pub(crate) fn cancelled() -> Self {
-        Self::new(Kind::Cancelled, Code::Cancelled, "cancelled by the caller")
-    }
-
-    pub(crate) fn deadline() -> Self {
-        Self::new(Kind::DeadlineExceeded, Code::DeadlineExceeded, "the call ran out of time")
     }
 
     pub(crate) fn job(job: Job) -> Self {
@@ -177,14 +71,13 @@ impl Error {
         let state = state.as_str_name().trim_start_matches("JOB_STATE_");
         let mut message = format!("job {} {}", job.id, state.to_lowercase());
         if !told.message.is_empty() {
-            message = format!("{message}: {}", told.message);
+            message += &format!(": {}", told.message);
         }
-        let mut error = Self::new(Kind::JobFailed, Code::Aborted, message);
+        let mut error = Self::new(Kind::JobFailed, Code::Aborted, message).named(&job.request_id);
         error.0.reason = match told.reason() {
             ErrorReason::Unspecified => state.to_owned(),
             reason => reason.as_str_name().trim_start_matches("ERROR_REASON_").to_owned(),
         };
-        error.0.request_id = job.request_id.clone();
         error.0.job = Some(job);
         error
     }
@@ -207,27 +100,30 @@ impl From<Status> for Error {
     fn from(status: Status) -> Self {
         let told = status::Status::decode(status.details()).unwrap_or_default();
         let info: status::ErrorInfo = detail(&told).unwrap_or_default();
-        let retry: Option<status::RetryInfo> = detail(&told);
-        let bad: Option<status::BadRequest> = detail(&told);
-        let not_connected = caused_by::<tonic::ConnectError>(&status);
+        let bad: status::BadRequest = detail(&told).unwrap_or_default();
+        let retry: status::RetryInfo = detail(&told).unwrap_or_default();
         // A status with a source was made here, of an error of the connection.
         let code = if status.message().contains("message length too large") {
             Code::ResourceExhausted
-        } else if caused_by::<tonic::TimeoutExpired>(&status) {
+        } else if is_caused_by::<tonic::TimeoutExpired>(&status) {
             Code::DeadlineExceeded
-        } else if error::Error::source(&status).is_some() {
+        } else if status.source().is_some() {
             Code::Unavailable
         } else {
             status.code()
         };
-        let mut error = Self::new(Kind::of(&info.reason, code), code, status.message());
-        error.0.request_id = info.metadata.get("request_id").cloned().unwrap_or_default();
-        error.0.reason = info.reason;
-        error.0.metadata = info.metadata;
-        error.0.violations = bad.map(|bad| bad.field_violations).unwrap_or_default();
-        error.0.retry_after = retry.and_then(|info| info.retry_delay?.try_into().ok());
-        error.0.not_connected = not_connected;
-        error
+        Self(Box::new(Failure {
+            kind: Kind::of(&info.reason, code),
+            code,
+            reason: info.reason,
+            message: status.message().to_owned(),
+            violations: bad.field_violations,
+            retry_after: retry.retry_delay.and_then(|delay| delay.try_into().ok()),
+            request_id: info.metadata.get("request_id").cloned().unwrap_or_default(),
+            metadata: info.metadata,
+            job: None,
+            not_connected: is_caused_by::<tonic::ConnectError>(&status),
+        }))
     }
 }
 
@@ -237,15 +133,8 @@ fn detail<T: Message + Name + Default>(status: &status::Status) -> Option<T> {
     T::decode(&*status.details.iter().find(is)?.value).ok()
 }
 
-fn caused_by<E: error::Error + 'static>(status: &Status) -> bool {
-    let mut source = error::Error::source(status);
-    while let Some(error) = source {
-        if error.is::<E>() {
-            return true;
-        }
-        source = error.source();
-    }
-    false
+fn is_caused_by<E: error::Error + 'static>(status: &Status) -> bool {
+    iter::successors(status.source(), |&error| error.source()).any(|error| error.is::<E>())
 }
 
 impl Deref for Error {

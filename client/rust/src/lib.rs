@@ -4,10 +4,14 @@
 mod calls;
 mod client;
 mod errors;
+mod generated {
+    pub(crate) mod kinds;
+    pub(crate) mod options;
+    mod requests;
+    mod verbs;
+}
 mod options;
-mod receiver;
 mod requests;
-mod retry;
 mod stream;
 
 /// Messages and stubs of the API; their comments are its reference.
@@ -22,7 +26,7 @@ mod status {
 }
 
 /// The `google.protobuf.FileDescriptorSet` of the messages, for reflection and JSON.
-pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.binpb"));
+pub const DESCRIPTORS: &[u8] = include_bytes!("generated/descriptors.binpb");
 
 pub use client::Client;
 pub use errors::{Error, Failure, FieldViolation, Kind, Result};

@@ -1,54 +1,20 @@
 //! What a client may be told about its connection: limits, timeouts and retries.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc};
 
 use tonic::{
     metadata::{Ascii, MetadataValue},
     transport::Endpoint,
 };
 
+pub use crate::generated::options::Options;
+
 use crate::errors::{Error, Result};
 
-/// Where a server on this machine listens.
-pub(crate) const DEFAULT_ADDRESS: &str = "127.0.0.1:50151";
 const USER_AGENT: &str = concat!("lowbit-rust/", env!("CARGO_PKG_VERSION"));
 
 /// Gives the W3C `traceparent` of the work that a call is part of.
 pub type Traceparent = Arc<dyn Fn() -> Option<String> + Send + Sync>;
-
-/// Options of one client.
-#[derive(Clone)]
-pub struct Options {
-    /// Deadline of a call with one answer, over all tries.
-    pub call_timeout: Duration,
-    /// The same for `verify_model` and `score`, which read whole models or texts.
-    pub slow_call_timeout: Duration,
-    /// Deadline of `generate` and `load`; without one they take as long as they need.
-    pub stream_timeout: Option<Duration>,
-    /// How long `watch_job` and `load` try to get back to a server.
-    pub resume_timeout: Duration,
-    /// Largest message that is sent or accepted, bytes.
-    pub max_message_bytes: usize,
-    /// Time between pings of an open connection; the server allows one every 10 s.
-    pub keepalive_interval: Duration,
-    /// A connection whose ping is not answered in this time is given up.
-    pub keepalive_timeout: Duration,
-    /// Tries of one call in all; 1 switches retries off.
-    pub max_attempts: u32,
-    /// Wait before the second try where the server names none; doubles each time.
-    pub first_backoff: Duration,
-    /// Longest wait between two tries where the server names none.
-    pub max_backoff: Duration,
-    /// Retries in a row over all calls; each call that succeeds gives back a tenth.
-    pub retry_budget: u32,
-    /// Encrypts the connection.
-    #[cfg(feature = "tls")]
-    pub tls: Option<Tls>,
-    /// Bearer token, with the characters of RFC 6750; without TLS only for a server on this machine.
-    pub token: Option<String>,
-    /// Called for each try.
-    pub traceparent: Option<Traceparent>,
-}
 
 /// How the server proves who it is, and how the client does. PEM texts.
 #[cfg(feature = "tls")]
@@ -64,28 +30,6 @@ pub struct Tls {
     pub server_name: Option<String>,
 }
 
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            call_timeout: Duration::from_secs(30),
-            slow_call_timeout: Duration::from_secs(600),
-            stream_timeout: None,
-            resume_timeout: Duration::from_secs(60),
-            max_message_bytes: 64 << 20,
-            keepalive_interval: Duration::from_secs(30),
-            keepalive_timeout: Duration::from_secs(10),
-            max_attempts: 4,
-            first_backoff: Duration::from_millis(100),
-            max_backoff: Duration::from_secs(2),
-            retry_budget: 20,
-            #[cfg(feature = "tls")]
-            tls: None,
-            token: None,
-            traceparent: None,
-        }
-    }
-}
-
 impl fmt::Debug for Options {
     /// Tells nothing secret.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -94,31 +38,9 @@ impl fmt::Debug for Options {
 }
 
 impl Options {
-    /// Checks the values; gives the connection's settings and the authorization to send.
-    pub(crate) fn endpoint(
-        &self,
-        address: &str,
-    ) -> Result<(Endpoint, Option<MetadataValue<Ascii>>)> {
-        for (name, time) in [
-            ("call_timeout", Some(self.call_timeout)),
-            ("slow_call_timeout", Some(self.slow_call_timeout)),
-            ("stream_timeout", self.stream_timeout),
-            ("resume_timeout", Some(self.resume_timeout)),
-            ("keepalive_interval", Some(self.keepalive_interval)),
-            ("keepalive_timeout", Some(self.keepalive_timeout)),
-            ("first_backoff", Some(self.first_backoff)),
-            ("max_backoff", Some(self.max_backoff)),
-        ] {
-            if time.is_some_and(|time| time.is_zero()) {
-                return Err(Error::options(format!("{name} must be above 0")));
-            }
-        }
-        if self.max_message_bytes < 1 {
-            return Err(Error::options("max_message_bytes must be at least 1"));
-        }
-        if self.max_attempts < 1 {
-            return Err(Error::options("max_attempts must be at least 1"));
-        }
+    /// Checks the values; gives the connection's settings.
+    pub(crate) fn endpoint(&self, address: &str) -> Result<Endpoint> {
+        self.check()?;
         #[cfg(feature = "tls")]
         let encrypted = self.tls.is_some();
         #[cfg(not(feature = "tls"))]
@@ -127,57 +49,58 @@ impl Options {
         if self.token.is_some() && !encrypted && !loopback.iter().any(|l| address.starts_with(l)) {
             return Err(Error::options("token needs tls, except on loopback"));
         }
-        let header = self.token.as_ref().map(|token| authorization(token)).transpose()?;
-        let url = match (address.starts_with("unix:"), encrypted) {
-            (true, _) => address.to_owned(),
-            (false, true) => format!("https://{address}"),
-            (false, false) => format!("http://{address}"),
+        let scheme = if encrypted { "https" } else { "http" };
+        let url = if address.starts_with("unix:") {
+            address.to_owned()
+        } else {
+            format!("{scheme}://{address}")
         };
         let wrong = |error: tonic::transport::Error| {
             let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
             Error::options(format!("{error}{}", cause.unwrap_or_default()))
         };
-        let endpoint = Endpoint::from_shared(url).map_err(wrong)?;
-        let endpoint = endpoint
-            .user_agent(USER_AGENT)
+        let endpoint = Endpoint::from_shared(url)
+            .and_then(|endpoint| endpoint.user_agent(USER_AGENT))
             .map_err(wrong)?
             .http2_keep_alive_interval(self.keepalive_interval)
             .keep_alive_timeout(self.keepalive_timeout)
             .keep_alive_while_idle(true);
         #[cfg(feature = "tls")]
         if let Some(tls) = &self.tls {
-            return Ok((endpoint.tls_config(tls.config()?).map_err(wrong)?, header));
+            return endpoint.tls_config(tls.config()?).map_err(wrong);
         }
-        Ok((endpoint, header))
+        Ok(endpoint)
     }
-}
 
-/// Checks a bearer token's syntax: RFC 6750, section 2.1.
-fn authorization(token: &str) -> Result<MetadataValue<Ascii>> {
-    let text = token.trim_end_matches('=');
-    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~+/".contains(&byte);
-    let header = format!("Bearer {token}").parse().ok();
-    header
-        .filter(|_| !text.is_empty() && text.bytes().all(fits))
-        .ok_or_else(|| Error::options("token has other characters than RFC 6750 allows, or none"))
+    /// The header of the token, whose syntax is that of RFC 6750, section 2.1.
+    pub(crate) fn authorization(&self) -> Result<Option<MetadataValue<Ascii>>> {
+        let Some(token) = &self.token else { return Ok(None) };
+        let text = token.trim_end_matches('=');
+        let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~+/".contains(&byte);
+        match format!("Bearer {token}").parse() {
+            Ok(header) if !text.is_empty() && text.bytes().all(fits) => Ok(Some(header)),
+            _ => Err(Error::options("token has other characters than RFC 6750 allows, or none")),
+        }
+    }
 }
 
 #[cfg(feature = "tls")]
 impl Tls {
     fn config(&self) -> Result<tonic::transport::ClientTlsConfig> {
         use tonic::transport::{Certificate, ClientTlsConfig, Identity};
-        let mut config = match &self.ca {
-            Some(ca) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca)),
-            None => ClientTlsConfig::new().with_native_roots(),
+        let config = ClientTlsConfig::new();
+        let config = match &self.ca {
+            Some(ca) => config.ca_certificate(Certificate::from_pem(ca)),
+            None => config.with_native_roots(),
         };
-        config = match (&self.certificate, &self.key) {
-            (Some(certificate), Some(key)) => config.identity(Identity::from_pem(certificate, key)),
-            (None, None) => config,
-            _ => return Err(Error::options("tls needs both certificate and key, or none")),
-        };
-        Ok(match &self.server_name {
+        let config = match &self.server_name {
             Some(name) => config.domain_name(name),
             None => config,
-        })
+        };
+        match (&self.certificate, &self.key) {
+            (Some(cert), Some(key)) => Ok(config.identity(Identity::from_pem(cert, key))),
+            (None, None) => Ok(config),
+            _ => Err(Error::options("tls needs both certificate and key, or none")),
+        }
     }
 }

@@ -1,60 +1,45 @@
-//! Short forms of requests, for the common case.
+//! Short forms of requests with more than a name, for the common case.
 
 use crate::v1::*;
 
-/// Requests that need one name.
-macro_rules! named {
-    ($($request:ident.$field:ident)*) => { $(
-        impl From<&str> for $request {
-            fn from(name: &str) -> Self {
-                name.to_owned().into()
-            }
-        }
-        impl From<String> for $request {
-            #[allow(clippy::needless_update)] // some have no other field
-            fn from($field: String) -> Self {
-                Self { $field, ..Self::default() }
-            }
-        }
-    )* };
+impl From<&[(Role, &str)]> for Chat {
+    fn from(messages: &[(Role, &str)]) -> Self {
+        let message = |&(role, content): &(Role, &str)| ChatMessage {
+            role: role.into(),
+            content: content.into(),
+        };
+        Self { messages: messages.iter().map(message).collect(), ..Self::default() }
+    }
 }
 
-named! {
-    GetModelRequest.model DeleteModelRequest.model VerifyModelRequest.model EstimateLoadRequest.model
-    LoadRequest.model UnloadRequest.model WatchModelRequest.model EvaluateRequest.model
-    GetJobRequest.id CancelJobRequest.id ResumeJobRequest.id DeleteJobRequest.id WatchJobRequest.id
+impl<const N: usize> From<[(Role, &str); N]> for Chat {
+    fn from(messages: [(Role, &str); N]) -> Self {
+        messages.as_slice().into()
+    }
 }
 
 /// Requests with a model and a text or a chat.
 macro_rules! prompted {
-    ($($request:ident $input:path;)*) => { $(
+    ($($request:ident $module:ident;)*) => { $(
         impl From<(&str, &str)> for $request {
             fn from((model, text): (&str, &str)) -> Self {
-                use $input as Input;
-                let (model, input) = (model.into(), Some(Input::Text(text.into())));
-                Self { model, input, ..Self::default() }
+                let input = Some($module::Input::Text(text.into()));
+                Self { model: model.into(), input, ..Self::default() }
             }
         }
-        impl From<(&str, &[(Role, &str)])> for $request {
-            fn from((model, messages): (&str, &[(Role, &str)])) -> Self {
-                use $input as Input;
-                let message = |&(role, content): &(Role, &str)| ChatMessage { role: role.into(), content: content.into() };
-                let messages = messages.iter().map(message).collect();
-                let chat = Chat { messages, ..Chat::default() };
-                Self { model: model.into(), input: Some(Input::Chat(chat)), ..Self::default() }
-            }
-        }
-        impl<const N: usize> From<(&str, [(Role, &str); N])> for $request {
-            fn from((model, messages): (&str, [(Role, &str); N])) -> Self {
-                (model, messages.as_slice()).into()
+
+        impl<C: Into<Chat>> From<(&str, C)> for $request {
+            fn from((model, chat): (&str, C)) -> Self {
+                let input = Some($module::Input::Chat(chat.into()));
+                Self { model: model.into(), input, ..Self::default() }
             }
         }
     )* };
 }
 
 prompted! {
-    GenerateRequest generate_request::Input;
-    TokenizeRequest tokenize_request::Input;
+    GenerateRequest generate_request;
+    TokenizeRequest tokenize_request;
 }
 
 impl From<(&str, &str)> for ImportModelRequest {
@@ -70,12 +55,5 @@ impl From<(&str, &str, scheme::Kind)> for QuantizeRequest {
     fn from((source, target, kind): (&str, &str, scheme::Kind)) -> Self {
         let scheme = Some(Scheme { kind: Some(kind) });
         Self { source: source.into(), target: target.into(), scheme, ..Self::default() }
-    }
-}
-
-impl From<(&str, &str)> for SetAliasRequest {
-    /// The alias and its model.
-    fn from((alias, model): (&str, &str)) -> Self {
-        Self { alias: alias.into(), model: model.into() }
     }
 }

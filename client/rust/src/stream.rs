@@ -3,21 +3,17 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    future::Future,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{ready, Context, Poll},
 };
 
-use futures_util::{
-    future::poll_fn,
-    stream::{unfold, Stream},
-};
+use futures_util::stream::{Stream, StreamExt};
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
 use crate::{
-    calls::Core,
-    errors::{Error, Result},
+    errors::Result,
     v1::{
         generate_response::Event, Completed, Delta, GenerateResponse, LoadResponse, OutputFinished,
         Started, Token,
@@ -45,30 +41,19 @@ impl Canceller {
 }
 
 impl<T: 'static> Messages<T> {
-    /// Runs `step`, which gives a message and the next state, until there is no message.
-    pub(crate) fn new<S, F>(core: &Core, state: S, step: impl Fn(S) -> F + Send + 'static) -> Self
-    where
-        S: Send + 'static,
-        F: Future<Output = Result<Option<(T, S)>>> + Send + 'static,
-    {
-        let token = core.closed.child_token();
-        let until = token.clone();
-        let inner = unfold(Some(state), move |state| {
-            let (next, until) = (state.map(&step), until.clone());
-            async move {
-                match until.run_until_cancelled(next?).await {
-                    Some(Ok(next)) => next.map(|(message, state)| (Ok(message), Some(state))),
-                    Some(Err(error)) => Some((Err(error), None)),
-                    None => Some((Err(Error::cancelled()), None)),
-                }
-            }
-        });
-        Self { inner: Arc::new(Mutex::new(Some(Box::pin(inner)))), token, ended: false }
+    /// Gives the messages of a stream until it is cancelled; `closed` cancels it too.
+    pub(crate) fn new(
+        closed: &CancellationToken,
+        messages: impl Stream<Item = Result<T>> + Send + 'static,
+    ) -> Self {
+        let token = closed.child_token();
+        let inner: Inner<T> = Box::pin(messages.take_until(token.clone().cancelled_owned()));
+        Self { inner: Arc::new(Mutex::new(Some(inner))), token, ended: false }
     }
 
     /// The next message, or how the stream failed; nothing after its end.
     pub async fn next(&mut self) -> Option<Result<T>> {
-        poll_fn(|context| Pin::new(&mut *self).poll_next(context)).await
+        StreamExt::next(self).await
     }
 
     /// Cancels the call; reading on gives an error of [`Kind::Cancelled`](crate::Kind::Cancelled) once.
@@ -97,15 +82,16 @@ impl<T> Stream for Messages<T> {
         if self.ended {
             return Poll::Ready(None);
         }
-        let mut slot = lock(&self.inner);
-        let item = match slot.as_mut() {
+        let mut item = match lock(&self.inner).as_mut() {
             Some(inner) => ready!(inner.as_mut().poll_next(context)),
-            None => Some(Err(Error::cancelled())),
+            None => None,
         };
+        if item.is_none() && self.token.is_cancelled() {
+            item = Some(Err(Status::cancelled("cancelled by the caller").into()));
+        }
         if !matches!(item, Some(Ok(_))) {
-            *slot = None;
-            drop(slot);
             self.ended = true;
+            drop(lock(&self.inner).take());
         }
         Poll::Ready(item)
     }
@@ -174,7 +160,7 @@ impl GenerateStream {
 
     /// The next chunk, or how the generation failed; nothing after its end.
     pub async fn next(&mut self) -> Option<Result<Chunk>> {
-        poll_fn(|context| Pin::new(&mut *self).poll_next(context)).await
+        StreamExt::next(self).await
     }
 
     /// Reads to the end; gives all text of the first output, what was read before included.
