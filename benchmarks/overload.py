@@ -36,6 +36,7 @@ SLOTS = 16
 TOKENS = 50, 150
 STEP_MS = 10.0
 PROMPT = "Once upon a time, in a village by the sea, there lived an old man who"
+ALONE = 40
 TIMEOUT_S = 60.0
 LEAD_IN_S = 5.0
 KV_CACHE_BYTES = 1 << 28
@@ -149,7 +150,7 @@ async def measure(server: ServerProcess, source: Path, seconds: float) -> dict[s
         await traffic.capacity()  # warm-up
         capacity = await traffic.capacity()
         return {
-            "alone": await traffic.alone(20),
+            "alone": await traffic.alone(ALONE),
             "busy": await traffic.arriving(BUSY * capacity, seconds),
             "overload": await traffic.arriving(OVERLOAD * capacity, seconds),
         }
