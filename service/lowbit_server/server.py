@@ -24,6 +24,7 @@ from lowbit.v1 import (
     runtime_pb2,
     runtime_pb2_grpc,
 )
+from lowbit_server import collector
 from lowbit_server.config import read_tokens
 from lowbit_server.grammar.checker import GrammarChecker
 from lowbit_server.jobs.manager import JobManager
@@ -140,6 +141,7 @@ class Server:
             devices=self._config.devices,
             pid=os.getpid(),
         )
+        collector.freeze()
         return address
 
     async def drain(self) -> None:

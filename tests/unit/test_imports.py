@@ -32,7 +32,7 @@ LAYERS = (
     ("store",),
     ("jobs.spec",),
     ("quant.schemes", "quant.quality"),
-    ("config", "errors", "hardware", "logs", "signals"),
+    ("collector", "config", "errors", "hardware", "logs", "signals"),
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

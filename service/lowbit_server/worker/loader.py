@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from lowbit.v1.model_pb2 import LoadPhase
+from lowbit_server import collector
 from lowbit_server.engine.scripted import ScriptedConfig, ScriptedEngine
 from lowbit_server.store.manifest import MANIFEST_FILE, Manifest
 from lowbit_server.worker.inbox import LoadAdvanced, LoadFailed, LoadSucceeded, Ticket
@@ -135,6 +136,8 @@ class Loader:
         if self._settings.device == "cpu":
             page_out_cuda()
         torch.set_num_threads(self._settings.threads)
+        if not self.warm:
+            collector.freeze()
         self.warm = True
 
     def _read_through(self, ticket: Ticket, manifest: Manifest) -> None:
