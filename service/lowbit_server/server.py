@@ -109,6 +109,7 @@ class Server:
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain and stop; a second signal ends at once."""
         await self.start()
+        collector.freeze()
         await _wait_for_signal()
         await self.drain()
         await self.stop()
@@ -141,7 +142,6 @@ class Server:
             devices=self._config.devices,
             pid=os.getpid(),
         )
-        collector.freeze()
         return address
 
     async def drain(self) -> None:
