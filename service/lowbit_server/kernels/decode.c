@@ -191,11 +191,12 @@ static void begin(struct worker *worker, const struct decoder *decoder, int64_t 
                      + omp_get_thread_num() * memory.inputs;
 }
 
-/* Adds what all layers find to hidden states (tokens, hidden), in place. Returns what became of
-   it: DONE; NO_MEMORY, with nothing changed; or INTERRUPTED, where another thread made
-   `interrupt` other than 0 while fewer than half of the layers were done. */
+/* What became of a pass; `kernels/decoder.py` has the same. */
 enum { NO_MEMORY, DONE, INTERRUPTED };
 
+/* Adds what all layers find to hidden states (tokens, hidden), in place. Returns DONE; NO_MEMORY,
+   with nothing changed; or INTERRUPTED, where another thread made `interrupt` other than 0 while
+   fewer than half of the layers were done. */
 int lowbit_decode(const struct decoder *decoder, const struct batch *batch,
                   void *const *key_pools, void *const *value_pools, uint16_t *hidden,
                   const volatile int *interrupt)

@@ -128,6 +128,8 @@ class Loader:
 
         Not before: a process that plays scripts starts without torch, which takes seconds.
         """
+        if self.warm:
+            return
         import torch  # noqa: PLC0415
 
         import lowbit_server.grammar.matcher  # noqa: PLC0415
@@ -136,8 +138,7 @@ class Loader:
         if self._settings.device == "cpu":
             page_out_cuda()
         torch.set_num_threads(self._settings.threads)
-        if not self.warm:
-            collector.freeze()
+        collector.freeze()
         self.warm = True
 
     def _read_through(self, ticket: Ticket, manifest: Manifest) -> None:

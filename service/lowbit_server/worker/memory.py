@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from functools import cache
 from pathlib import Path
 
 import psutil
@@ -25,7 +24,6 @@ def release_memory() -> None:
         trim(0)
 
 
-@cache  # they come in once, and looking for them takes a tenth of a later load
 def page_out_cuda() -> None:
     """Let the system have the pages of CUDA's libraries, some 150 MiB.
 
